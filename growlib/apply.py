@@ -1,0 +1,141 @@
+"""The loop that turns a plan and the source's tensors into the grown tensors. It knows no method, no architecture.
+
+Each tensor grows by the one rule W' = E_out (W C_in + F), where F holds values that the rule leaves free: columns
+that read zeros, and noise that cancels over the copies of an entry (F E = 0), so that copies do not stay equal.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from growlib.axes import AxisMap
+from growlib.families.schema import Dim, Side
+
+if TYPE_CHECKING:
+    from growlib.plan import Entry, GrowthPlan
+
+# Noise over the copies of an entry, in standard deviations of the tensor that reads them.
+COPY_NOISE = 0.5
+
+
+def apply(plan: "GrowthPlan", tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for each tensor of the grown model, in the dtype and on the device of its source."""
+    for entry in plan.entries:
+        source = tensors[entry.source] if entry.source else torch.zeros(entry.old_shape)
+        yield entry.name, grow_tensor(entry, source, plan)
+
+
+def grow_tensor(entry: "Entry", source: Tensor, plan: "GrowthPlan") -> Tensor:
+    """Grow one tensor: float32 arithmetic (float64 for float64 sources), the source's dtype."""
+    work = source.detach().to(torch.promote_types(source.dtype, torch.float32))
+    deviation = work.std(correction=0)
+    if work.ndim > 1 and deviation == 0:
+        deviation = deviation + plan.initializer_range  # an all-zero matrix still needs free values that differ
+    if entry.constant is not None:
+        work = torch.full_like(work, entry.constant)
+    draw = _Draw(plan.seed, entry.name, deviation)
+    for index, dim in enumerate(entry.layout):
+        if len(dim.parts) > 1:
+            parts = work.split(plan.part_sizes(dim), dim=index)
+            layouts = [_with_dim(entry.layout, index, part) for part in dim.parts]
+            grown = [_grow_part(p, lay, plan, draw) for p, lay in zip(parts, layouts, strict=True)]
+            return (torch.cat(grown, dim=index) * entry.factor).to(source.dtype)
+    return (_grow_part(work, entry.layout, plan, draw) * entry.factor).to(source.dtype)
+
+
+class _Draw:
+    """Free values of one tensor: the same for a seed and a name, whatever the order and the device."""
+
+    def __init__(self, seed: int, name: str, deviation: Tensor) -> None:
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        self.deviation = deviation
+
+    def normal(self, like: Tensor) -> Tensor:
+        noise = torch.randn(like.shape, generator=self._generator, dtype=torch.float32)
+        return noise.to(like) * self.deviation
+
+
+def _with_dim(layout: tuple[Dim, ...], index: int, part: tuple[str, ...]) -> tuple[Dim, ...]:
+    return (*layout[:index], Dim((part,), layout[index].side), *layout[index + 1 :])
+
+
+def _grow_part(part: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: _Draw) -> Tensor:
+    names = [f"{axis}_{d}" for d, dim in enumerate(layout) for axis in dim.parts[0]]
+    flat = " ".join(names)
+    folded = " ".join("(" + " ".join(f"{axis}_{d}" for axis in dim.parts[0]) + ")" for d, dim in enumerate(layout))
+    axes: list[tuple[str, Side]] = [(axis, dim.side) for dim in layout for axis in dim.parts[0]]
+    known = {n: plan.old_sizes[axis] for n, (axis, _) in zip(names, axes, strict=True) if axis in plan.old_sizes}
+    part = rearrange(part, f"{folded} -> {flat}", **known)
+    # Readers first: a writer's copies must hold equal rows, noise included.
+    for position, (axis, side) in sorted(enumerate(axes), key=lambda item: item[1][1] != "read"):
+        if axis in plan.maps and not plan.maps[axis].is_identity:
+            part = _GROW[side](part, position, plan.maps[axis], draw)
+    return rearrange(part, f"{flat} -> {folded}")
+
+
+def _index(axis_map: AxisMap, part: Tensor) -> Tensor:
+    return torch.from_numpy(axis_map.source.clip(0)).to(part.device)
+
+
+def _along(values: Tensor, dim: int, part: Tensor) -> Tensor:
+    return values.to(part.device).reshape([-1 if d == dim else 1 for d in range(part.ndim)])
+
+
+def _new(axis_map: AxisMap, dim: int, part: Tensor) -> Tensor:
+    return _along(torch.from_numpy(axis_map.source < 0), dim, part)
+
+
+def _free(part: Tensor, dim: int, grown: Tensor, axis_map: AxisMap, draw: _Draw) -> Tensor:
+    return part.mean(dim, keepdim=True) + axis_map.spread * draw.normal(grown)
+
+
+def read_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: _Draw) -> Tensor:
+    """W C + F along one dimension: [.., n, ..] -> [.., N, ..]."""
+    index = _index(axis_map, part)
+    weights = torch.from_numpy(axis_map.read).to(part)
+    grown = part.index_select(dim, index) * _along(weights, dim, part)
+    copies = torch.from_numpy(axis_map.copies()).to(part)
+    if copies.max() > 1:
+        noise = COPY_NOISE * draw.normal(grown)
+        noise = torch.where(_new(axis_map, dim, part), 0, noise / _along(copies[index], dim, part))
+        total = torch.zeros_like(part).index_add_(dim, index, noise)
+        mean = total.index_select(dim, index) / _along(copies[index], dim, part)
+        grown = grown + torch.where(_new(axis_map, dim, part), 0, noise - mean)
+    if axis_map.new_reads == "free":
+        grown = torch.where(_new(axis_map, dim, part), _free(part, dim, grown, axis_map, draw), grown)
+    return grown
+
+
+def write_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: _Draw) -> Tensor:
+    """E W along one dimension: [.., n, ..] -> [.., N, ..]."""
+    grown = part.index_select(dim, _index(axis_map, part)) * axis_map.write
+    match axis_map.new_writes:
+        case "mean":
+            new = part.mean(dim, keepdim=True) * axis_map.write
+        case "free":
+            new = _free(part, dim, grown, axis_map, draw)
+        case "zero":
+            new = torch.zeros_like(grown)
+    return torch.where(_new(axis_map, dim, part), new, grown)
+
+
+def scale_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: _Draw) -> Tensor:
+    """The weight of a norm over the axis."""
+    grown = part.index_select(dim, _index(axis_map, part))
+    new = part.mean(dim, keepdim=True) if axis_map.new_scale == "free" else torch.zeros_like(grown)
+    return torch.where(_new(axis_map, dim, part), new, grown) * axis_map.gain
+
+
+def shift_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: _Draw) -> Tensor:
+    """The bias of a norm over the axis."""
+    grown = part.index_select(dim, _index(axis_map, part))
+    new = part.mean(dim, keepdim=True) if axis_map.new_shift == "mean" else torch.zeros_like(grown)
+    return torch.where(_new(axis_map, dim, part), new, grown)
+
+
+_GROW = {"read": read_axis, "write": write_axis, "scale": scale_axis, "shift": shift_axis}

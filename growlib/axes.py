@@ -1,0 +1,79 @@
+"""The map of one axis, and its algebra.
+
+An axis of size n that grows to N has two matrices: E (N x n) says what the tensors that write the axis put
+on it, C (n x N) what the tensors that read it take from it. Growth preserves the function when C E = I.
+Both have at most one entry per new index, so a map is an index list and scales, never a dense matrix.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMap:
+    """How one axis grows from `old` to `len(source)` entries.
+
+    With `i = source[j]` the new entry j is a copy of the old entry i: `E[j, i] = write`, `C[i, j] = read[j]`,
+    and a norm over the axis multiplies its weight by `gain`, so that `write * gain * sum(read) = 1` over the
+    copies of i. Where `source[j] = -1` the entry is new: `new_writes` and `new_reads` say what it holds.
+
+    A value is *free* where the other side of the axis is zero. Free values are drawn around the source's mean
+    along the axis, `spread` times the source's standard deviation wide.
+    """
+
+    old: int
+    source: np.ndarray  # int64 [N]
+    read: np.ndarray  # float64 [N]
+    write: float = 1.0
+    gain: float = 1.0
+    tied_gain: float = 1.0  # one more factor on the norm before a head that is tied to the embedding
+    new_writes: Literal["zero", "mean", "free"] = "free"
+    new_reads: Literal["zero", "free"] = "zero"
+    new_shift: Literal["zero", "mean"] = "zero"  # what a norm's bias holds on new entries
+    new_scale: Literal["free", "zero"] = "free"  # what a norm's weight holds on new entries
+    spread: float = 1.0
+    inexact: str = ""  # why this map cannot preserve the function; empty where it does
+
+    @property
+    def new(self) -> int:
+        return len(self.source)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.new == self.old and self.write == 1.0 and bool((self.source == np.arange(self.old)).all())
+
+    def copies(self) -> np.ndarray:
+        """How often each old entry stands in the new axis: int64 [n]."""
+        return np.bincount(self.source[self.source >= 0], minlength=self.old)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AxisMap) and self.to_dict() == other.to_dict()
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            key: value.tolist() if isinstance(value, np.ndarray) else value
+            for key, value in vars(self).items()
+        }
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Which source layer each target layer copies, and which target layers start as the identity."""
+
+    old: int
+    source: tuple[int, ...]
+    identity: tuple[bool, ...]
+    inexact: str = ""
+
+
+def tile(old: int, new: int) -> np.ndarray:
+    """Old indices over and over, [0 .. old-1, 0 .. old-1, ...], cut at `new`."""
+    return np.arange(new) % old
+
+
+def split_evenly(old: int, source: np.ndarray) -> np.ndarray:
+    """Reader weights that give each of the m copies of an entry 1/m."""
+    copies = np.bincount(source[source >= 0], minlength=old)
+    return np.where(source >= 0, 1.0 / np.maximum(copies, 1)[source], 0.0)

@@ -1,0 +1,124 @@
+"""Checkpoints: read one, describe one, make room for one, write one. Safetensors only."""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from growlib.errors import GrowError
+from growlib.plan import Skeleton
+
+logger = logging.getLogger("growlib")
+
+Source = PreTrainedModel | str | Path
+
+
+def load(source: Source) -> PreTrainedModel:
+    """A model as it is; a folder or a hub id in the class and the dtype that its config names.
+
+    Raises GrowError for a folder without config or weights, for pickled, truncated or incomplete weights, and for
+    a class that transformers does not have (code that comes with a checkpoint is never run).
+    """
+    if isinstance(source, PreTrainedModel):
+        return source
+    asked = f"reading the checkpoint {str(source)!r}"
+    if not isinstance(source, str | Path):
+        raise GrowError(asked, f"it is a {type(source).__name__}", "a PreTrainedModel, a folder or a hub id")
+    folder = Path(source)
+    if folder.is_dir():
+        _check_folder(asked, folder)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise GrowError(asked, _first_line(error), "a folder or hub id with a config.json") from error
+    model_class = _model_class(asked, config)
+    try:
+        model, report = model_class.from_pretrained(
+            source, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise GrowError(asked, _first_line(error), "a whole safetensors checkpoint") from error
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise GrowError(asked, f"the weights lack {', '.join(missing)}", "a whole safetensors checkpoint")
+    return model.eval()
+
+
+def _check_folder(asked: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise GrowError(asked, "there is no config.json", "a folder written by save_pretrained")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        wrong = f"its weights are pickled ({', '.join(pickled)})" if pickled else "there are no weights"
+        raise GrowError(asked, wrong, "weights in safetensors (save_pretrained writes them)")
+
+
+def _model_class(asked: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        wrong = f"config.json names the architecture {names[0]!r}" if names else "config.json names no architecture"
+        raise GrowError(asked, wrong, "a class of transformers, or the loaded model itself")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def skeleton(model: PreTrainedModel) -> Skeleton:
+    """Names and shapes of a model's tensors, tied ones once."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes |= {n: tuple(b.shape) for n, b in model.named_buffers() if n in model.state_dict()}
+    prefix = model.base_model_prefix + "." if model.base_model is not model else ""
+    aliases = frozenset(name.removeprefix(prefix) for name in model.state_dict() if name not in shapes)
+    return Skeleton(model.config, shapes, aliases, prefix)
+
+
+def skeleton_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Skeleton:
+    """The same for a class and a config, without memory for the values. Raises GrowError for impossible sizes."""
+    try:
+        with torch.device("meta"):
+            return skeleton(model_class(config))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        asked = f"building a {model_class.__name__} of the target's sizes"
+        raise GrowError(asked, _first_line(error), "sizes that the class can be built with") from error
+
+
+def empty_model(like: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the same class and another size, its parameters not yet set, its buffers computed."""
+    with no_init_weights():
+        model = type(like)._from_config(
+            config, dtype=dtype, attn_implementation=like.config._attn_implementation
+        )
+    model.tie_weights()
+    if like.can_generate():
+        model.generation_config = like.generation_config
+    return model.to(like.device).eval()
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that exists as a whole or not at all: written beside its place, then renamed.
+
+    Raises GrowError where something already stands at `path`.
+    """
+    path = Path(path)
+    if path.exists():
+        raise GrowError(f"writing {str(path)!r}", "it exists already", "a path where nothing stands")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

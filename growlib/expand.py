@@ -1,0 +1,75 @@
+"""The entry points of the weights half: plan a growth, and carry it out."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from growlib import checkpoint, families, methods, target
+from growlib.apply import apply
+from growlib.checkpoint import Source, logger
+from growlib.errors import GrowError
+from growlib.methods import Method
+from growlib.plan import GrowthPlan, make_plan
+from growlib.target import Target
+
+
+def plan(
+    small_ckpt: Source, target_config: Target, method: str | Method = "lossless", *, seed: int = 0
+) -> GrowthPlan:
+    """Decide a growth without running it; the arguments are those of `expand`.
+
+    The plan says whether the growth is exact (`.exact`), why not (`.reasons`), and where each tensor comes from
+    (`str(plan)`, `.to_dict()`).
+    """
+    return _plan(checkpoint.load(small_ckpt), target_config, method, seed)
+
+
+def _plan(model: PreTrainedModel, target_config: Target, method: str | Method, seed: int) -> GrowthPlan:
+    family = families.family(model.config.model_type)
+    config = target.resolve(model.config, target_config, family)
+    wide = checkpoint.skeleton_of(type(model), config)
+    return make_plan(family, methods.method(method), seed, checkpoint.skeleton(model), wide)
+
+
+def expand(
+    small_ckpt: Source,
+    target_config: Target,
+    method: str | Method = "lossless",
+    *,
+    seed: int = 0,
+    exact: bool | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Grow a checkpoint into a larger model of the same class.
+
+    Args:
+        small_ckpt: a model, a folder or a hub id. It is not modified.
+        target_config: a config, a folder, or a dict of overrides of the source's config. Sizes that a dict does
+            not name stay, save those that the architecture ties to a named one (on GPT-2 and BERT a wider model
+            gets more heads of the same head_dim).
+        method: a name of `growlib.methods()`, or WIDTH+DEPTH.
+        seed: decides every free value, bit for bit.
+        exact: True refuses a growth that does not preserve the function. None (the default) builds the closest
+            growth and logs the reasons; False builds it and logs nothing.
+        dtype: of the result; the source's by default. The arithmetic is float32 or wider.
+
+    Returns:
+        A model of the source's class, in eval mode, on the source's device.
+
+    Raises:
+        GrowError: what was asked, what is wrong, and what would be valid.
+    """
+    model = checkpoint.load(small_ckpt)
+    growth = _plan(model, target_config, method, seed)
+    if growth.reasons and exact:
+        asked = f"growing {model.config.model_type} with method {growth.method!r} and exact=True"
+        raise GrowError(asked, "; ".join(growth.reasons), "another target, or exact=None for the closest growth")
+    if growth.reasons and exact is None:
+        logger.warning("this growth does not preserve the function: %s", "; ".join(growth.reasons))
+    grown = checkpoint.empty_model(model, growth.config, dtype or model.dtype)
+    parameters = dict(grown.named_parameters()) | dict(grown.named_buffers())
+    with torch.no_grad():
+        for name, tensor in apply(growth, model.state_dict()):
+            parameters[name].data = tensor.to(dtype or tensor.dtype)
+    return grown

@@ -1,0 +1,153 @@
+"""lossless: function-preserving growth at any size that the architecture allows (growlib's default).
+
+Legend: an axis grows from n to N, q = N // n whole copies, r = N - q n entries left over, s = q n / N.
+
+    RMSNorm, pre-norm     write [x, .., x, 0_r] / sqrt(s),       norm weight sqrt(s) g:  mean square, eps stay
+    LayerNorm, pre-norm   write [x, .., x, mean(x)_r] / sqrt(s), norm weight sqrt(s) g:  mean, variance, eps stay
+    LayerNorm, post-norm  write [x, .., x], q whole copies only
+    elementwise           whole copies of units, each read with weight 1/m plus noise that cancels over the copies
+    heads                 whole copies inside the group of their KV head
+    head_dim              new key rows zero, queries times sqrt(N / n); rotary pair i moves to pair i N / n
+    tied head             the norm before it times sqrt(s) / q
+
+After LayerNorm and RMSNorm the r entries left over are zero, so what reads them is free.
+
+Source: the mean padding is LEMON's (Wang et al. 2023, arXiv 2310.07999); rescaling the writers instead of eps,
+the rotary rule and the tied head are growlib's own. The identity blocks are LLaMA-Pro's (arXiv 2401.02415).
+"""
+
+import numpy as np
+
+from growlib.axes import AxisMap, LayerMap, split_evenly, tile
+from growlib.families.schema import Axis, Sizes
+
+
+def lookup(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """Old ids stay where they are; rows of new ids are near the mean row."""
+    source = np.arange(new[name])
+    source[old[name] :] = -1
+    read = (source >= 0).astype(float)
+    return AxisMap(old[name], source, read, new_reads="free", spread=0.1)
+
+
+def residual(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """q whole copies; the rest is zero under RMSNorm and the mean under LayerNorm."""
+    n, N = old[name], new[name]
+    q, s = N // n, (N // n) * n / N
+    source = tile(n, N)
+    source[q * n :] = -1
+    return AxisMap(
+        n,
+        source,
+        split_evenly(n, source),
+        write=s**-0.5,
+        gain=s**0.5,
+        tied_gain=s**0.5 / q,
+        new_writes="zero" if axis.meets == "rms_norm" else "mean",
+        new_reads="free",
+    )
+
+
+def post_norm_residual(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """q whole copies; a rest that is not empty can only come close (it holds the mean of the norm's bias)."""
+    n, N = old[name], new[name]
+    q, s = N // n, (N // n) * n / N
+    source = tile(n, N)
+    source[q * n :] = -1
+    inexact = (
+        f"{axis.size} {n} -> {N} is not a whole multiple, and a LayerNorm after the residual sum "
+        f"preserves only whole copies; {n * q} and {n * (q + 1)} are exact"
+    )
+    return AxisMap(
+        n,
+        source,
+        split_evenly(n, source),
+        gain=s**0.5,
+        tied_gain=1 / q,
+        new_writes="mean",
+        new_shift="mean",
+        new_scale="zero",
+        inexact=inexact if N % n else "",
+    )
+
+
+def units(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """Copies of whole units; readers share them."""
+    source = tile(old[name], new[name])
+    return AxisMap(old[name], source, split_evenly(old[name], source))
+
+
+def append(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """New entries that nothing reads yet."""
+    source = np.arange(new[name])
+    source[old[name] :] = -1
+    return AxisMap(old[name], source, (source >= 0).astype(float))
+
+
+def query_heads(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """Copies of whole heads, each in a group whose KV head is a copy of its own."""
+    n, N = old[name], new[name]
+    k, K = (old[axis.groups], new[axis.groups]) if axis.groups else (n, N)
+    per_group, new_per_group = n // k, N // K
+    # New group g serves old KV head g % k; the groups of one KV head deal out its query heads in turn.
+    group, slot = np.divmod(np.arange(N), new_per_group)
+    source = (group % k) * per_group + ((group // k) * new_per_group + slot) % per_group
+    lost = sorted(set(range(n)) - set(source.tolist()))
+    needed = k * -(-per_group // new_per_group)
+    inexact = (
+        f"{N} query heads over {K} KV heads leave no place for the old heads {lost}: "
+        f"{new_per_group} per group need at least {needed} KV heads"
+    )
+    return AxisMap(n, source, split_evenly(n, source), inexact=inexact if lost else "")
+
+
+def _dot_product(name: str, axis: Axis, old: Sizes, new: Sizes, source: np.ndarray, inexact: str = "") -> AxisMap:
+    # Queries take the growth of the score's 1/sqrt(head_dim) back; zero keys leave the new query rows free.
+    is_query = axis.meets.endswith("query")
+    write = (new[name] / old[name]) ** 0.5 if is_query else 1.0
+    read = (source >= 0).astype(float)
+    return AxisMap(old[name], source, read, write, new_writes="free" if is_query else "zero", inexact=inexact)
+
+
+def dot_product(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """Any larger head_dim."""
+    source = np.arange(new[name])
+    source[old[name] :] = -1
+    return _dot_product(name, axis, old, new, source)
+
+
+def rotary_dot_product(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """Pair i turns at base^(-i/n): it moves to pair i N / n, which has the same frequency."""
+    n, N = old[name], new[name]
+    source = np.full(N, -1)
+    source[np.round(np.arange(n) * N / n).astype(int)] = np.arange(n)
+    inexact = f"head_dim {2 * n} -> {2 * N}: rotary frequencies match only at whole multiples of {2 * n}"
+    return _dot_product(name, axis, old, new, source, inexact if N % n else "")
+
+
+RULES = {
+    "lookup": lookup,
+    "linear": append,
+    "elementwise": units,
+    "rms_norm": residual,
+    "layer_norm": residual,
+    "post_layer_norm": post_norm_residual,
+    "query_heads": query_heads,
+    "key_heads": units,
+    "query": dot_product,
+    "key": dot_product,
+    "rotary_query": rotary_dot_product,
+    "rotary_key": rotary_dot_product,
+}
+
+
+def width(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """The map of one axis, by what the axis meets."""
+    return RULES[axis.meets](name, axis, old, new)
+
+
+def depth(old: int, new: int) -> LayerMap:
+    """Each layer is followed by its share of the new ones, which start as the identity."""
+    source = tuple(layer * old // new for layer in range(new))
+    identity = tuple(t > 0 and source[t] == source[t - 1] for t in range(new))
+    return LayerMap(old, source, identity)

@@ -1,0 +1,243 @@
+"""The plan of a growth: frozen, printable, comparable. It says what is exact before anything runs."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from growlib.axes import AxisMap, LayerMap
+from growlib.errors import GrowError
+from growlib.families.schema import Dim, Family, Layout
+from growlib.methods import Method
+
+Shape = tuple[int, ...]
+
+# Config fields that do not change what a model computes in eval mode (dropout aside, see `_config_reasons`).
+_NEUTRAL_FIELDS = frozenset(
+    "_name_or_path architectures dtype transformers_version use_cache initializer_range id2label label2id "
+    "problem_type return_dict output_attentions output_hidden_states pretraining_tp chunk_size_feed_forward "
+    "pad_token_id bos_token_id eos_token_id tie_word_embeddings".split()
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor of the grown model comes from."""
+
+    name: str
+    source: str | None  # None: the source has no such bias, which is a bias of zeros
+    layout: Layout
+    old_shape: Shape
+    new_shape: Shape
+    constant: float | None = None  # replaces the source's values
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without its values: the config, and the names and shapes of its tensors, tied ones once."""
+
+    config: PreTrainedConfig
+    shapes: Mapping[str, Shape]
+    aliases: frozenset[str]  # names under which a tied tensor stands a second time
+    prefix: str  # what stands before a base model's tensor names, such as `model.`
+
+    def base(self, name: str) -> str:
+        return name.removeprefix(self.prefix)
+
+    def find(self, base: str) -> str | None:
+        """The full name of a base-model name, where this model has the tensor."""
+        return next((name for name in (self.prefix + base, base) if name in self.shapes), None)
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """A growth, decided and not yet run. `exact` says whether it preserves the function, `reasons` why not."""
+
+    method: str
+    seed: int
+    config: PreTrainedConfig
+    old_sizes: Mapping[str, int]
+    new_sizes: Mapping[str, int]
+    maps: Mapping[str, AxisMap]
+    layers: LayerMap
+    entries: tuple[Entry, ...]
+    reasons: tuple[str, ...]
+    initializer_range: float  # the deviation of free values where the source's tensor is all zero
+
+    @property
+    def exact(self) -> bool:
+        return not self.reasons
+
+    def part_sizes(self, dim: Dim) -> list[int]:
+        """The old sizes of a dimension's concatenated parts."""
+        return [prod(self.old_sizes[axis] for axis in part) for part in dim.parts]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, ready for JSON."""
+        return {
+            "method": self.method,
+            "seed": self.seed,
+            "exact": self.exact,
+            "reasons": list(self.reasons),
+            "config": self.config.to_dict(),
+            "axes": {name: axis_map.to_dict() for name, axis_map in self.maps.items()},
+            "layers": dataclasses.asdict(self.layers),
+            "tensors": [{k: v for k, v in vars(entry).items() if k != "layout"} for entry in self.entries],
+        }
+
+    def __str__(self) -> str:
+        from growlib.show import plan_table
+
+        return plan_table(self)
+
+
+def make_plan(family: Family, method: Method, seed: int, source: Skeleton, target: Skeleton) -> GrowthPlan:
+    """Decide a growth. Raises GrowError where the request has no meaning; what is only inexact becomes a reason."""
+    asked = f"growing {family.model_type} with method {method.name!r}"
+    old, new = ({"layers": getattr(s.config, family.layers), **family.sizes(s.config)} for s in (source, target))
+    shrinks = [f"{name} {old[name]} -> {new[name]}" for name in old if new[name] < old[name]]
+    if shrinks:
+        raise GrowError(asked, f"sizes would shrink: {', '.join(shrinks)}", "sizes at least the source's")
+    grows = {name for name in old if new[name] != old[name]}
+    if method.width is None and grows - {"layers"}:
+        wrong = f"{method.name} grows depth only, and {', '.join(sorted(grows - {'layers'}))} would grow"
+        raise GrowError(asked, wrong, f"method 'lossless+{method.name}'")
+    if method.depth is None and "layers" in grows:
+        raise GrowError(asked, f"{method.name} does not grow depth", f"method '{method.name}+lossless'")
+    maps = _maps(family, method, old, new, source.config)
+    layers = LayerMap(old["layers"], tuple(range(old["layers"])), (False,) * old["layers"])
+    if method.depth:
+        layers = method.depth(old["layers"], new["layers"])
+    entries = tuple(_entries(asked, family, old, maps, layers, source, target))
+    _check_shapes(asked, entries, old, new)
+    _check_all_used(asked, family, layers, entries, source)
+    reasons = [axis_map.inexact for axis_map in maps.values() if axis_map.inexact]
+    reasons += [layers.inexact] if layers.inexact else []
+    reasons += [
+        f"{c.field}={c.value(target.config)!r}: {c.why}"
+        for c in family.conditions
+        if c.grows in grows and not c.holds(target.config)
+    ]
+    reasons += _config_reasons(family, source.config, target.config)
+    initializer_range = getattr(source.config, "initializer_range", 0.02)
+    return GrowthPlan(
+        method.name,
+        seed,
+        target.config,
+        old,
+        new,
+        maps,
+        layers,
+        entries,
+        tuple(dict.fromkeys(reasons)),
+        initializer_range,
+    )
+
+
+def _maps(
+    family: Family, method: Method, old: Mapping[str, int], new: Mapping[str, int], config: PreTrainedConfig
+) -> dict[str, AxisMap]:
+    if method.width is None:
+        return {}
+    maps = {}
+    for name, axis in family.axes.items():
+        if axis.meets:
+            maps[name] = method.width(name, axis, old, new)
+            if axis.scaled_by and not getattr(config, axis.scaled_by):
+                maps[name] = dataclasses.replace(maps[name], write=1.0)
+    return maps
+
+
+def _entries(
+    asked: str,
+    family: Family,
+    old: Mapping[str, int],
+    maps: Mapping[str, AxisMap],
+    layers: LayerMap,
+    source: Skeleton,
+    target: Skeleton,
+) -> Iterator[Entry]:
+    unknown = [name for name in target.shapes if family.template(target.base(name))[0] not in family.tensors]
+    if unknown:
+        raise GrowError(
+            asked,
+            f"the {family.model_type} table does not know the tensors {', '.join(unknown)}",
+            "a class whose tensors are all in growlib/families",
+        )
+    tied = any(alias in target.aliases for alias in family.ties)
+    for name, new_shape in target.shapes.items():
+        row, layer = family.template(target.base(name))
+        layout, constant, origin = family.tensors[row], None, row
+        if layer is not None:
+            origin = row.replace("*", str(layers.source[layer]), 1)
+            constant = _identity_constant(family, row, layer, layers)
+        found = source.find(origin) or source.find(family.ties.get(origin, origin))
+        if found is None and not row.endswith(".bias"):
+            raise GrowError(asked, f"the source has no tensor for {name}", "a class with the source's tensors")
+        factor = 1.0
+        if tied and row.startswith(family.head_norm + "."):
+            factor = maps[layout[0].parts[0][0]].tied_gain if maps else 1.0
+        old_shape = source.shapes[found] if found else _shape(layout, old, new_shape)
+        yield Entry(name, found, layout, old_shape, new_shape, constant, factor)
+
+
+def _identity_constant(family: Family, row: str, layer: int, layers: LayerMap) -> float | None:
+    """What makes a new block the identity: zero writers; in a post-norm block, also norms of (1, 0).
+
+    The last of the blocks that stand in for a source layer keeps that layer's last norm (design: post-norm depth).
+    """
+    part, _, kind = row.removeprefix(family.block).rpartition(".")
+    identity = layers.identity[layer]
+    followed = layer + 1 < len(layers.identity) and layers.identity[layer + 1]
+    if identity and part in family.block_writers:
+        return 0.0
+    if (identity and part == family.block_first_norm) or (followed and part == family.block_last_norm):
+        return 1.0 if kind == "weight" else 0.0
+    return None
+
+
+def _shape(layout: Layout, sizes: Mapping[str, int], shape: Shape) -> Shape:
+    """The shape that a layout has under these sizes. An axis without a size (labels) keeps its length in `shape`."""
+    return tuple(
+        sum(prod(sizes[axis] for axis in part) for part in dim.parts) if dim.parts[0][0] in sizes else length
+        for dim, length in zip(layout, shape, strict=True)
+    )
+
+
+def _check_shapes(asked: str, entries: tuple[Entry, ...], old: Mapping[str, int], new: Mapping[str, int]) -> None:
+    for entry in entries:
+        for shape, sizes in ((entry.old_shape, old), (entry.new_shape, new)):
+            right = _shape(entry.layout, sizes, entry.old_shape)
+            if shape != right:
+                raise GrowError(asked, f"{entry.name} has the shape {shape}", f"{right}, by config and family table")
+
+
+def _check_all_used(
+    asked: str, family: Family, layers: LayerMap, entries: tuple[Entry, ...], source: Skeleton
+) -> None:
+    used = {entry.source for entry in entries}
+    lost = [
+        name
+        for name in source.shapes
+        if name not in used and family.template(source.base(name))[1] in {None, *layers.source}
+    ]
+    if lost:
+        raise GrowError(
+            asked,
+            f"the target has no place for the source's {', '.join(lost)}",
+            "a target with the source's tensors (compare tie_word_embeddings and the bias flags)",
+        )
+
+
+def _config_reasons(family: Family, source: PreTrainedConfig, target: PreTrainedConfig) -> list[str]:
+    before, after = source.to_dict(), target.to_dict()
+    known = _NEUTRAL_FIELDS | family.size_fields() | family.free_fields
+    return [
+        f"{key} changes from {before.get(key)!r} to {after.get(key)!r}, which changes the function"
+        for key in sorted(before.keys() | after.keys())
+        if key not in known and "drop" not in key and before.get(key) != after.get(key)
+    ]

@@ -1,0 +1,75 @@
+"""The config of the grown model: what the user named, what stays, and what the architecture ties to it."""
+
+import copy
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from growlib.errors import GrowError
+from growlib.families.schema import Family
+
+Target = PreTrainedConfig | Mapping[str, Any] | str | Path
+
+
+def resolve(source: PreTrainedConfig, target: Target, family: Family) -> PreTrainedConfig:
+    """The target's config, of the source's class. The source's config stays as it is.
+
+    Raises GrowError for another model type, a field that the config does not have, and sizes that the
+    architecture forbids.
+    """
+    asked = f"growing {source.model_type} to {_describe(target)}"
+    try:
+        if isinstance(target, PreTrainedConfig):
+            config = copy.deepcopy(target)
+        elif isinstance(target, Mapping):
+            config = _override(asked, source, target, family)
+        else:
+            config = AutoConfig.from_pretrained(target, trust_remote_code=False)
+    except GrowError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        wrong = " ".join(str(error).split()).rstrip(".")
+        raise GrowError(asked, wrong, "sizes that the architecture allows, or a folder with a config.json") from error
+    if config.model_type != source.model_type:
+        raise GrowError(asked, f"the target is a {config.model_type} model", f"a {source.model_type} config")
+    try:
+        family.sizes(config)
+    except (ValueError, ZeroDivisionError) as error:
+        raise GrowError(asked, str(error), "sizes that divide") from error
+    return config
+
+
+def _override(
+    asked: str, source: PreTrainedConfig, overrides: Mapping[str, Any], family: Family
+) -> PreTrainedConfig:
+    fields = source.to_dict()
+    for key in overrides:
+        known = source.attribute_map.get(key, key)
+        if known not in fields:
+            close = difflib.get_close_matches(key, fields) or sorted(family.size_fields())
+            raise GrowError(asked, f"{type(source).__name__} has no field {key!r}", ", ".join(close))
+        fields[known] = overrides[key]
+    for heads, width in family.follows.items():
+        named = {source.attribute_map.get(key, key) for key in overrides}
+        if width in named and heads not in named:
+            fields[heads] = _more_heads(asked, source, heads, width, fields[width])
+    return type(source).from_dict(fields)
+
+
+def _more_heads(asked: str, source: PreTrainedConfig, heads: str, width: str, wide: int) -> int:
+    """Heads for a wider model: of the same head_dim where it divides the width, else of the next larger one."""
+    count, old = getattr(source, heads), getattr(source, width)
+    for head_dim in range(old // count, wide // count + 1):
+        if wide % head_dim == 0:
+            return wide // head_dim
+    valid = f"a multiple of the head_dim {old // count}, or {heads} named with it"
+    raise GrowError(asked, f"{width}={wide} does not divide into at least {count} heads", valid)
+
+
+def _describe(target: Target) -> str:
+    if isinstance(target, Mapping):
+        return ", ".join(f"{key}={value!r}" for key, value in target.items()) or "no change"
+    return f"a {type(target).__name__}" if isinstance(target, PreTrainedConfig) else repr(str(target))
