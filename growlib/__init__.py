@@ -7,4 +7,14 @@ from growlib.methods import Method, methods
 from growlib.plan import GrowthPlan
 from growlib.verify import Verification, verify
 
-__all__ = ["GrowError", "GrowthPlan", "Method", "Verification", "expand", "families", "methods", "plan", "verify"]
+__all__ = [
+    "GrowError",
+    "GrowthPlan",
+    "Method",
+    "Verification",
+    "expand",
+    "families",
+    "methods",
+    "plan",
+    "verify",
+]
