@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from operator import gt
 
 import torch
 from torch import Tensor
@@ -53,6 +54,11 @@ def verify(small: Source, big: Source, inputs: dict[str, Tensor] | None = None) 
     if type(small) is not type(big):
         wrong = f"they are a {type(small).__name__} and a {type(big).__name__}"
         raise GrowError("comparing a source with its grown model", wrong, "two models of one class")
+    shapes = {name: parameter.shape for name, parameter in big.named_parameters()}
+    larger = [n for n, p in small.named_parameters() if n in shapes and any(map(gt, p.shape, shapes[n]))]
+    if larger:
+        wrong = f"{larger[0]} is smaller in the second"
+        raise GrowError("comparing a source with its grown model", wrong, "a model at least as large as the source")
     if inputs is None:
         inputs = _token_ids(small)
     reference, grown = _outputs(small, inputs), _outputs(big, inputs)
@@ -82,11 +88,7 @@ def _distance(reference: dict[str, Tensor], grown: dict[str, Tensor]) -> tuple[f
     """The largest absolute distance, and the largest in shares of its output's spread."""
     distances = []
     for name, old in reference.items():
-        new = grown[name]
-        if new.ndim != old.ndim or any(n < o for n, o in zip(new.shape, old.shape, strict=True)):
-            asked = f"comparing {name} of shape {tuple(old.shape)} with the grown model's"
-            raise GrowError(asked, f"that has the shape {tuple(new.shape)}", "a model at least as large")
-        new = new[tuple(slice(length) for length in old.shape)].to(old.device)
+        new = grown[name][tuple(slice(length) for length in old.shape)].to(old.device)
         largest = (new - old).abs().max()
         distances.append((largest.item(), (largest / (old.max() - old.min())).item()))
     # A NaN must not hide behind a smaller number.

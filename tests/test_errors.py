@@ -47,7 +47,7 @@ def test_impossible_targets(family, target, words):
     ("family", "target", "words"),
     [
         ("bert", {"hidden_size": 72}, "48 and 96 are exact"),
-        ("bert", {"num_hidden_layers": 3, "layer_norm_eps": 1e-5}, "layer_norm_eps"),
+        ("bert", {"num_hidden_layers": 3, "layer_norm_eps": 0.1}, r"layer_norm_eps=0\.1: a new post-norm block"),
         ("llama", {"head_dim": 18}, "rotary frequencies"),
         ("llama", {"num_attention_heads": 5, "num_key_value_heads": 5, "hidden_size": 50}, None),
         ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54}, None),
