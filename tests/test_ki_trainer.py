@@ -257,6 +257,7 @@ def test_logs_are_the_means_over_the_logging_window(tmp_path):
         assert log["ki/kd"] == pytest.approx(expected.kd.item(), rel=1e-5)
         assert log["ki/teacher_ce"] == pytest.approx(teacher_out.loss.item(), rel=1e-5)
     assert not any("ki/alpha" in log for log in trainer.state.log_history if "loss" not in log)
+    assert trainer._ki_metrics.drain(trainer.accelerator) == {"ki/alpha": 0.5}  # the window was closed
 
 
 def test_a_step_reads_no_value_back_from_the_device(tmp_path, monkeypatch):
@@ -334,12 +335,15 @@ def test_columns_that_the_student_does_not_take_are_removed(tmp_path):
 
 
 def test_shift_labels_are_used_as_they_are(tmp_path):
-    rows = examples(8)
-    ready = [{**row, "shift_labels": shifted(row["labels"][None])[0]} for row in rows]
-    students = [llama(0), llama(0)]
-    train(tmp_path, students[0], half(llama(1, hidden=8)), rows)
-    train(tmp_path, students[1], half(llama(1, hidden=8)), ready, remove_unused_columns=False)
-    torch.testing.assert_close(parameters(students[0]), parameters(students[1]), rtol=1e-5, atol=1e-7)
+    """They also ignore what `labels` does not: the boundaries of packed documents."""
+    rows = [{**row, "shift_labels": shifted(row["labels"][None])[0]} for row in examples(8)]
+    for row in rows:
+        row["shift_labels"][6] = -100
+    student, teacher = llama(0), llama(1, hidden=8)
+    shift_labels = collate(rows)["shift_labels"]
+    expected = sgd_step(student, teacher, rows, lambda labels: shift_labels, alpha=0.5)
+    train(tmp_path, student, half(teacher), rows, remove_unused_columns=False)
+    torch.testing.assert_close(parameters(student), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
