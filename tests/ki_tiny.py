@@ -13,7 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from growlib.ki import KITrainer, ki_loss
+from growlib.ki import KIConfig, KITrainer, ki_loss
 
 VOCAB = 32
 
@@ -119,6 +119,11 @@ def train(folder, model, ki, rows, trainer_class=KITrainer, resume=None, trainer
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def half(teacher, **options):
+    """α = 0.5 throughout."""
+    return KIConfig(teacher=teacher, schedule="constant", stop_at=None, alpha=0.5, **options)
 
 
 def parameters(model):
