@@ -137,5 +137,7 @@ def test_a_stacked_model_repeats_its_layers():
     small = tiny("llama")
     big = growlib.expand(small, {"num_hidden_layers": 5}, "lossless+stack", exact=False)
     for layer in range(5):
-        for new, old in zip(big.model.layers[layer].parameters(), small.model.layers[layer % 2].parameters(), strict=True):
+        for new, old in zip(
+            big.model.layers[layer].parameters(), small.model.layers[layer % 2].parameters(), strict=True
+        ):
             assert torch.equal(new, old)
