@@ -1,0 +1,8 @@
+"""Knowledge Inheritance (Qin et al. 2021, arXiv 2105.13880): a small model guides a larger one's training."""
+
+from growlib.ki.config import KIConfig
+from growlib.ki.loss import KILoss, ki_loss
+from growlib.ki.schedules import SCHEDULES
+from growlib.ki.trainer import KIMixin, KITrainer
+
+__all__ = ["SCHEDULES", "KIConfig", "KILoss", "KIMixin", "KITrainer", "ki_loss"]

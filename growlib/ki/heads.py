@@ -1,0 +1,49 @@
+"""What kind of language model a model is, and which label each of its positions predicts."""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from growlib.errors import GrowError
+
+IGNORE_INDEX = -100  # transformers' losses and collators
+
+Head = Literal["causal", "masked", "seq2seq"]
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """Read from transformers' own tables how a model's loss aligns labels with logits.
+
+    Raises:
+        GrowError: the model is not a language model.
+    """
+    if model.config.is_encoder_decoder:
+        return "seq2seq"
+    class_names = {cls.__name__ for cls in type(model).__mro__}
+    loss = LOSS_MAPPING.get(model.loss_type or "")
+    # The masked table goes first: XLM and Flaubert stand in both, and do not shift.
+    if class_names & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) or loss is ForMaskedLMLoss:
+        return "masked"
+    if class_names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) or loss is ForCausalLMLoss:
+        return "causal"
+    raise GrowError(
+        f"Knowledge Inheritance with {type(model).__name__}",
+        "its loss is neither a causal nor a masked language-modelling loss",
+        "a causal, masked or sequence-to-sequence language model",
+    )
+
+
+def aligned_labels(inputs: dict[str, Tensor], head: Head) -> Tensor:
+    """The label that each position's logits predict, [batch, length]; as in `ForCausalLMLoss`."""
+    if "shift_labels" in inputs:
+        return inputs["shift_labels"]
+    if head == "causal":
+        return F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
+    return inputs["labels"]

@@ -1,0 +1,187 @@
+"""An online teacher: found, checked against the student, frozen."""
+
+import inspect
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from growlib.errors import GrowError
+from growlib.ki.config import KIConfig
+from growlib.ki.heads import Head, head_of
+
+AUTO_CLASS = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+NOT_FOR_THE_TEACHER = {"labels", "shift_labels", "num_items_in_batch"}
+
+
+class Teacher:
+    """A frozen language model that gives the logits to learn from.
+
+    It is no `nn.Module`, so that nothing that walks the student's modules wraps, trains or saves it.
+
+    Attributes:
+        model: the language model, in eval mode, without gradients.
+        common_vocab: number of token ids that teacher and student share.
+    """
+
+    def __init__(self, model: PreTrainedModel, common_vocab: int) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.common_vocab = common_vocab
+        parameters = inspect.signature(model.forward).parameters
+        self._names = set(parameters)
+        self._takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+    @torch.no_grad()
+    def logits(self, inputs: dict[str, Any]) -> Tensor:
+        """The teacher's logits on the student's inputs, [batch, length, common_vocab]."""
+        if self.model.training:  # whoever owns the model may have switched it
+            self.model.eval()
+        kept = {
+            name: value
+            for name, value in inputs.items()
+            if name not in NOT_FOR_THE_TEACHER and (self._takes_any or name in self._names)
+        }
+        if "use_cache" in self._names:
+            kept["use_cache"] = False
+        if self.model.config.is_encoder_decoder and "decoder_input_ids" not in kept:
+            kept["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+        return self.model(**kept).logits[..., : self.common_vocab]
+
+
+def resolve_teacher(
+    config: KIConfig, student: PreTrainedModel, student_tokenizer: Any, device: torch.device
+) -> Teacher:
+    """Load the teacher, or take the model that the config holds, and check that it can teach the student.
+
+    Args:
+        student_tokenizer: the student's, or None where it is not known.
+        device: where the teacher goes; one with a device map of its own stays where it is.
+
+    Raises:
+        GrowError: the teacher cannot be loaded from safetensors, is another kind of language model, shares
+            parameters with the student, or its token ids do not mean what the student's mean.
+    """
+    head = head_of(student)
+    if isinstance(config.teacher, PreTrainedModel):
+        model, source = config.teacher, config.teacher.name_or_path or ""
+    else:
+        source = os.fspath(config.teacher)
+        model = _load(source, head, config.teacher_dtype)
+    asked = f"KIConfig(teacher={source or type(model).__name__!r})"
+    if head_of(model) != head:
+        raise GrowError(
+            asked, f"a {head_of(model)} language model cannot teach a {head} one", f"a {head} model"
+        )
+    if _share_parameters(model, student):
+        raise GrowError(
+            asked,
+            "it shares parameters with the student, which freezing it would freeze",
+            "a copy of the model",
+        )
+    common_vocab = _common_vocab(asked, config, model, student, _tokenizer_at(source), student_tokenizer)
+    if getattr(model, "hf_device_map", None) is None:
+        model.to(device=device, dtype=config.teacher_dtype)  # type: ignore[call-arg]
+    return Teacher(model, common_vocab)
+
+
+def _load(source: str, head: Head, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load safetensors weights, never code."""
+    asked = f"KIConfig(teacher={source!r})"
+    try:
+        model, report = AUTO_CLASS[head].from_pretrained(
+            source,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise GrowError(
+            asked,
+            f"it does not load as a {head} language model ({error})",
+            "a folder or hub id with a config.json of a transformers architecture and safetensors weights",
+        ) from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise GrowError(
+            asked,
+            f"the checkpoint lacks {missing}",
+            f"the checkpoint of a {head} language model, head included",
+        )
+    return model
+
+
+def _share_parameters(one: nn.Module, other: nn.Module) -> bool:
+    return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())
+
+
+def _tokenizer_at(source: str) -> Any:
+    """The tokenizer that lies beside the teacher's weights; None where there is none."""
+    if os.path.isdir(source):
+        if not any(
+            os.path.isfile(os.path.join(source, f"tokenizer{end}")) for end in (".json", "_config.json")
+        ):
+            return None
+    elif os.path.exists(source) or not source:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except OSError:
+        return None
+
+
+def _common_vocab(
+    asked: str,
+    config: KIConfig,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    teacher_tokenizer: Any,
+    student_tokenizer: Any,
+) -> int:
+    """How many token ids, from 0 up, teacher and student share."""
+    sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
+    common = min(sizes) if config.common_vocab is None else config.common_vocab
+    if common > min(sizes):
+        raise GrowError(
+            f"KIConfig(common_vocab={common})",
+            f"teacher and student have {sizes[0]} and {sizes[1]} token ids",
+            f"at most {min(sizes)}",
+        )
+    if teacher_tokenizer is not None and student_tokenizer is not None:
+        tables = [
+            {
+                token: i
+                for token, i in tokenizer.get_vocab().items()
+                if config.common_vocab is None or i < common
+            }
+            for tokenizer in (teacher_tokenizer, student_tokenizer)
+        ]
+        if tables[0] != tables[1]:
+            differing = len(tables[0].items() ^ tables[1].items())
+            raise GrowError(
+                asked,
+                f"its tokenizer is not the student's: {differing} (token, id) pairs are in only one of them",
+                "a teacher with the student's tokenizer, or common_vocab=the number of ids from 0 that agree",
+            )
+        return common if sizes[0] == sizes[1] else min(common, max(tables[0].values()) + 1)
+    if sizes[0] != sizes[1] and config.common_vocab is None:
+        raise GrowError(
+            asked,
+            f"its vocabulary has {sizes[0]} ids and the student's {sizes[1]}, and without both tokenizers "
+            "(the trainer's processing_class, the teacher's folder) nothing shows that only padding differs",
+            "a teacher with the student's vocabulary, both tokenizers, or common_vocab=the number of ids "
+            "from 0 that mean the same",
+        )
+    return common
