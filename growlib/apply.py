@@ -1,6 +1,6 @@
 """The loop that turns a plan and the source's tensors into the grown tensors. It knows no method, no architecture.
 
-Each tensor grows by the one rule W' = E_out (W C_in + F), where F holds values that the rule leaves free: columns
+Each tensor grows by the one rule W' = E_out W C_in + F, where F holds values that the rule leaves free: columns
 that read zeros, and noise that cancels over the copies of an entry (F E = 0), so that copies do not stay equal.
 """
 
@@ -71,8 +71,8 @@ def _grow_part(part: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: 
     axes: list[tuple[str, Side]] = [(axis, dim.side) for dim in layout for axis in dim.parts[0]]
     known = {n: plan.old_sizes[axis] for n, (axis, _) in zip(names, axes, strict=True) if axis in plan.old_sizes}
     part = rearrange(part, f"{folded} -> {flat}", **known)
-    # Readers first: a writer's copies must hold equal rows, noise included.
-    for position, (axis, side) in sorted(enumerate(axes), key=lambda item: item[1][1] != "read"):
+    # Readers last: F cancels within each row, so rows that are copies get noise of their own.
+    for position, (axis, side) in sorted(enumerate(axes), key=lambda item: item[1][1] == "read"):
         if axis in plan.maps and not plan.maps[axis].is_identity:
             part = _GROW[side](part, position, plan.maps[axis], draw)
     return rearrange(part, f"{flat} -> {folded}")
