@@ -11,9 +11,9 @@
     torchrun --nproc-per-node 4 recipes/ki_plus_growth.py --preset gpu
 
 Text: the Python standard library's source, or --text; a sixteenth of its files is held out. The small model
-is trained on it first. Cost is counted in FLOPs, the teacher's included. OUT gets results.json, curves.png and
-report.md; the small model and every finished arm stay there too, and the next run with the same settings uses
-them. Expected result: README.md, which holds the demo's table. Learning rates: docs/results, from recipes/sweep.py.
+is trained on it first. Cost is counted in FLOPs, the teacher's included. OUT gets results.json, curves.png
+and report.md. The small model and every finished arm stay there too, and the next run with the same settings
+uses them. Expected result: the demo's table in README.md. Learning rates: docs/results, by recipes/sweep.py.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from base.comparison import ARMS, Prepared, Target, describe, finished, prepare,
 from base.models import MODELS, model_row
 from base.report import as_text, remarks, results_of, table, write_report
 from base.setting import Setting, load_preset, presets
+from base.store import read_json
 from growlib import GrowError, methods
 
 STOPPED = 130  # what a shell expects of a program that Ctrl-C ended
@@ -85,6 +87,12 @@ def setting_of(options: argparse.Namespace) -> Setting:
         rates = dict.fromkeys(rates, options.learning_rate)
     setting = dataclasses.replace(setting, text=text, learning_rate=rates, **given)
     model_row(setting.model)
+    for arm in ARMS:
+        if rates.get(arm, 0.0) <= 0:
+            asked = f"learning rate {rates.get(arm)} of arm {arm}"
+            raise GrowError(asked, "it is not positive", "a number such as 2e-3")
+    if setting.seed < 0:
+        raise GrowError(f"--seed {setting.seed}", "it is negative", "0 or more")
     return setting
 
 
@@ -139,6 +147,8 @@ def run(options: argparse.Namespace) -> None:
     """Prepare, compare, report."""
     setting, arms, target = setting_of(options), arms_of(options.arms), target_of(options.target)
     folder = options.out or Path("runs") / Path(setting.preset).stem
+    if folder.exists() and not folder.is_dir():
+        raise GrowError(f"--out {folder}", "it is a file", "a folder, or a path where nothing stands")
     say(f"Preset {setting.preset}; results go to {folder}.")
     prepared = prepare(setting, folder, options.small, target)
     say(
@@ -149,6 +159,9 @@ def run(options: argparse.Namespace) -> None:
     if not results["arms"]:
         return
     if PartialState().is_main_process:
+        before = read_json(folder / "results.json")
+        if before and before["setting"] != results["setting"]:
+            say(f"{folder}/results.json was of other settings; its arms stay in {folder}/arms.")
         write_report(folder, results)
     say("\n" + as_text(table(results)) + "\n")
     for remark in remarks(results):
@@ -156,12 +169,12 @@ def run(options: argparse.Namespace) -> None:
     say(f"\nWritten: {folder}/results.json, curves.png, report.md.")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the recipe; the exit code."""
+def guarded(work: Callable[[], None]) -> int:
+    """Do the work; the exit code. What the user can mend is said in one line."""
     logging.getLogger("growlib").setLevel(logging.ERROR)  # an inexact growth stands in the report
     transformers.utils.logging.disable_progress_bar()  # of loading and saving; the long parts have their own
     try:
-        run(parse(arguments))
+        work()
     except GrowError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -169,6 +182,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nStopped. The same command goes on where it was: finished arms are kept.", file=sys.stderr)
         return STOPPED
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the recipe; the exit code."""
+    options = parse(arguments)
+    return guarded(lambda: run(options))
 
 
 if __name__ == "__main__":

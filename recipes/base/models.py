@@ -85,7 +85,7 @@ def build_config(
         initializer_range=initializer_range,
         bos_token_id=separator,
         eos_token_id=separator,
-        pad_token_id=separator,
+        pad_token_id=None,  # nothing is padded; as padding a token would get no gradient
         **{row.length: length},
         **size_fields(row, sizes),
         **row.fixed,

@@ -27,7 +27,7 @@ def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The rows of the comparison as text, the header first, then the small model and one row per arm."""
     small, arms = results["setting"]["small_model"], results["arms"]
     with_small = flops_saved(arms, small["flops"]) if small["flops"] is not None else dict.fromkeys(arms)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         HEADER,
         ("(small)", f"{small['eval_loss']:.3f}", *_cost(small["flops"], 0, small["seconds"]), "", ""),
     ]

@@ -25,7 +25,17 @@ from growlib import GrowError
 
 SEPARATOR, MASK = "<|endoftext|>", "<|mask|>"
 HELD_OUT_EVERY = 16  # one file of so many is held out
+HELD_OUT_CHARS = 50_000  # of one file, so that no file outweighs the others
 PIECE_LINES = 400  # a single file is cut into pieces of so many lines, which then are the files of the split
+SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "pydoc_data",
+    "__pycache__",
+}
 IGNORED = -100
 MASKED_SHARE = 0.15  # BERT (arXiv 1810.04805); all of them become the mask token
 
@@ -77,10 +87,10 @@ def read_files(source: str) -> list[str]:
 
 
 def _python_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """The library's own sources: no installed packages below it, no tests."""
+    """The library's own sources: no packages installed below it, no tests, no data in the form of Python."""
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
-        if not {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"} & set(parts):
+        if not SKIPPED_FOLDERS & set(parts):
             yield "/".join(parts), path
 
 
@@ -166,7 +176,7 @@ def prepare(setting: Text, small: Path | None, store: Path) -> Corpus:
 def _encode_all(folder: Path, setting: Text, small: Path | None, texts: list[str]) -> None:
     parts = {
         "train": [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY],
-        "held_out": texts[::HELD_OUT_EVERY],
+        "held_out": [text[:HELD_OUT_CHARS] for text in texts[::HELD_OUT_EVERY]],
     }
     if small:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(small)
@@ -192,8 +202,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], name: str) -> 
     separator, pieces = [separator_of(tokenizer)], [np.empty(0, np.int32)]
     source = iter(tqdm(texts, desc=name, unit="file", mininterval=1.0))
     while batch := list(islice(source, 64)):
-        encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        pieces += [np.array(separator + ids, np.int32) for ids in encoded]
+        encoded = tokenizer(batch, add_special_tokens=False, verbose=False, return_attention_mask=False)
+        pieces += [np.array(separator + ids, np.int32) for ids in encoded["input_ids"]]
     return np.concatenate(pieces)
 
 

@@ -139,6 +139,14 @@ def _arguments(
         raise GrowError(
             "precision bf16", "there is no CUDA device", "a GPU, or a preset in float32 such as demo"
         )
+    if (
+        devices == 1 and torch.cuda.device_count() > 1
+    ):  # the Trainer would split each batch over them by itself
+        raise GrowError(
+            f"one process with {torch.cuda.device_count()} GPUs",
+            "each of them needs a process of its own",
+            "torchrun --nproc-per-node, or CUDA_VISIBLE_DEVICES=0",
+        )
     return TrainingArguments(
         output_dir=folder,
         max_steps=steps,
