@@ -52,10 +52,7 @@ class AxisMap:
         return isinstance(other, AxisMap) and self.to_dict() == other.to_dict()
 
     def to_dict(self) -> dict[str, object]:
-        return {
-            key: value.tolist() if isinstance(value, np.ndarray) else value
-            for key, value in vars(self).items()
-        }
+        return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)

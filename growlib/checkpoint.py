@@ -6,9 +6,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -27,28 +29,39 @@ def load(source: Source) -> PreTrainedModel:
     Raises GrowError for a folder without config or weights, for pickled, truncated or incomplete weights, and for
     a class that transformers does not have (code that comes with a checkpoint is never run).
     """
-    if isinstance(source, PreTrainedModel):
-        return source
     asked = f"reading the checkpoint {str(source)!r}"
+    if isinstance(source, PreTrainedModel):
+        odd = [name for name, p in source.named_parameters() if p.is_meta or not p.is_floating_point()]
+        if odd:
+            wrong = f"{len(odd)} of its tensors are quantised or not loaded, {odd[0]} among them"
+            raise GrowError(
+                f"growing a {type(source).__name__}", wrong, "a model with floating-point weights in memory"
+            )
+        return source
     if not isinstance(source, str | Path):
         raise GrowError(asked, f"it is a {type(source).__name__}", "a PreTrainedModel, a folder or a hub id")
     folder = Path(source)
     if folder.is_dir():
         _check_folder(asked, folder)
+    elif folder.exists() or folder.is_absolute() or len(folder.parts) > 2 or isinstance(source, Path):
+        wrong = "it is a file" if folder.exists() else "there is no such folder"
+        raise GrowError(asked, wrong, "a folder written by save_pretrained, or a hub id")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (StrictDataclassError, OSError, ValueError, KeyError) as error:
         raise GrowError(asked, _first_line(error), "a folder or hub id with a config.json") from error
     model_class = _model_class(asked, config)
     try:
-        model, report = model_class.from_pretrained(
-            source, dtype="auto", use_safetensors=True, output_loading_info=True
+        loaded: Any = model_class.from_pretrained(
+            source, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise GrowError(asked, _first_line(error), "a whole safetensors checkpoint") from error
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if missing:
-        raise GrowError(asked, f"the weights lack {', '.join(missing)}", "a whole safetensors checkpoint")
+    model, report = loaded
+    for keys, wrong in (("missing_keys", "lack"), ("mismatched_keys", "do not fit the config in")):
+        if report[keys]:
+            names = ", ".join(sorted(key if isinstance(key, str) else key[0] for key in report[keys]))
+            raise GrowError(asked, f"the weights {wrong} {names}", "a whole safetensors checkpoint")
     return model.eval()
 
 
@@ -96,9 +109,7 @@ def skeleton_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
 def empty_model(like: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the same class and another size, its parameters not yet set, its buffers computed."""
     with no_init_weights():
-        model = type(like)._from_config(
-            config, dtype=dtype, attn_implementation=like.config._attn_implementation
-        )
+        model = type(like)._from_config(config, dtype=dtype, attn_implementation=like.config._attn_implementation)
     model.tie_weights()
     if like.can_generate():
         model.generation_config = like.generation_config

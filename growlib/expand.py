@@ -1,7 +1,5 @@
 """The entry points of the weights half: plan a growth, and carry it out."""
 
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedModel
 
@@ -14,9 +12,7 @@ from growlib.plan import GrowthPlan, make_plan
 from growlib.target import Target
 
 
-def plan(
-    small_ckpt: Source, target_config: Target, method: str | Method = "lossless", *, seed: int = 0
-) -> GrowthPlan:
+def plan(small_ckpt: Source, target_config: Target, method: str | Method = "lossless", *, seed: int = 0) -> GrowthPlan:
     """Decide a growth without running it; the arguments are those of `expand`.
 
     The plan says whether the growth is exact (`.exact`), why not (`.reasons`), and where each tensor comes from

@@ -16,11 +16,11 @@ from growlib.methods import Method
 Shape = tuple[int, ...]
 
 # Config fields that do not change what a model computes in eval mode (dropout aside, see `_config_reasons`).
-_NEUTRAL_FIELDS = frozenset(
-    "_name_or_path architectures dtype transformers_version use_cache initializer_range id2label label2id "
-    "problem_type return_dict output_attentions output_hidden_states pretraining_tp chunk_size_feed_forward "
-    "pad_token_id bos_token_id eos_token_id tie_word_embeddings".split()
-)
+_NEUTRAL_FIELDS = {
+    *("_name_or_path", "architectures", "dtype", "transformers_version", "problem_type", "id2label", "label2id"),
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "pretraining_tp", "tie_word_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
     """Decide a growth. Raises GrowError where the request has no meaning; what is only inexact becomes a reason."""
     asked = f"growing {family.model_type} with method {method.name!r}"
     old, new = ({"layers": getattr(s.config, family.layers), **family.sizes(s.config)} for s in (source, target))
-    shrinks = [f"{name} {old[name]} -> {new[name]}" for name in old if new[name] < old[name]]
+    field = {"layers": family.layers, **{name: axis.size for name, axis in family.axes.items()}}
+    shrinks = dict.fromkeys(f"{field[name]} {old[name]} -> {new[name]}" for name in old if new[name] < old[name])
     if shrinks:
         raise GrowError(asked, f"sizes would shrink: {', '.join(shrinks)}", "sizes at least the source's")
     grows = {name for name in old if new[name] != old[name]}
@@ -216,9 +217,7 @@ def _check_shapes(asked: str, entries: tuple[Entry, ...], old: Mapping[str, int]
                 raise GrowError(asked, f"{entry.name} has the shape {shape}", f"{right}, by config and family table")
 
 
-def _check_all_used(
-    asked: str, family: Family, layers: LayerMap, entries: tuple[Entry, ...], source: Skeleton
-) -> None:
+def _check_all_used(asked: str, family: Family, layers: LayerMap, entries: tuple[Entry, ...], source: Skeleton) -> None:
     used = {entry.source for entry in entries}
     lost = [
         name

@@ -35,9 +35,7 @@ def axis_kinds(axis_map: AxisMap, side: Side) -> np.ndarray:
 def entry_kinds(plan: "GrowthPlan", entry: "Entry") -> np.ndarray:
     """The share of a tensor at each rank of KINDS: float [5]."""
     shares = np.zeros(len(KINDS))
-    lengths = [
-        [np.prod([plan.new_sizes.get(a, 1) for a in part]) for part in dim.parts] for dim in entry.layout
-    ]
+    lengths = [[np.prod([plan.new_sizes.get(a, 1) for a in part]) for part in dim.parts] for dim in entry.layout]
     for part in range(max(len(dim.parts) for dim in entry.layout)):
         # Axes are independent, so the share of entries at least at a rank is a product over the axes.
         at_least, weight = np.ones(len(KINDS)), 1.0

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from growlib.errors import GrowError
 from growlib.families.schema import Family
+
+# What building or reading a config raises when its values make no sense.
+_INVALID = (StrictDataclassError, OSError, ValueError, TypeError, KeyError)
 
 Target = PreTrainedConfig | Mapping[str, Any] | str | Path
 
@@ -21,18 +25,15 @@ def resolve(source: PreTrainedConfig, target: Target, family: Family) -> PreTrai
     architecture forbids.
     """
     asked = f"growing {source.model_type} to {_describe(target)}"
-    try:
-        if isinstance(target, PreTrainedConfig):
-            config = copy.deepcopy(target)
-        elif isinstance(target, Mapping):
-            config = _override(asked, source, target, family)
-        else:
+    if isinstance(target, PreTrainedConfig):
+        config = copy.deepcopy(target)
+    elif isinstance(target, Mapping):
+        config = _override(asked, source, target, family)
+    else:
+        try:
             config = AutoConfig.from_pretrained(target, trust_remote_code=False)
-    except GrowError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        wrong = " ".join(str(error).split()).rstrip(".")
-        raise GrowError(asked, wrong, "sizes that the architecture allows, or a folder with a config.json") from error
+        except _INVALID as error:
+            raise GrowError(asked, _cause(error), "a folder with a config.json") from error
     if config.model_type != source.model_type:
         raise GrowError(asked, f"the target is a {config.model_type} model", f"a {source.model_type} config")
     try:
@@ -42,21 +43,45 @@ def resolve(source: PreTrainedConfig, target: Target, family: Family) -> PreTrai
     return config
 
 
-def _override(
-    asked: str, source: PreTrainedConfig, overrides: Mapping[str, Any], family: Family
-) -> PreTrainedConfig:
+def _override(asked: str, source: PreTrainedConfig, overrides: Mapping[str, Any], family: Family) -> PreTrainedConfig:
     fields = source.to_dict()
-    for key in overrides:
-        known = source.attribute_map.get(key, key)
+    named = [source.attribute_map.get(key, key) for key in overrides]
+    for key, known in zip(overrides, named, strict=True):
         if known not in fields:
             close = difflib.get_close_matches(key, fields) or sorted(family.size_fields())
             raise GrowError(asked, f"{type(source).__name__} has no field {key!r}", ", ".join(close))
         fields[known] = overrides[key]
     for heads, width in family.follows.items():
-        named = {source.attribute_map.get(key, key) for key in overrides}
-        if width in named and heads not in named:
+        if width in named and heads not in named and isinstance(fields[width], int):
             fields[heads] = _more_heads(asked, source, heads, width, fields[width])
-    return type(source).from_dict(fields)
+    try:
+        return type(source).from_dict(fields)
+    except _INVALID as error:
+        raise GrowError(asked, _cause(error), _valid_sizes(source, fields, named)) from error
+
+
+def _valid_sizes(source: PreTrainedConfig, fields: dict[str, Any], named: list[str]) -> str:
+    """For each size that was asked for, the next larger one with which the config can be built."""
+    valid = []
+    for key in named:
+        size, least = fields[key], getattr(source, key)
+        if type(least) is not int:
+            continue
+        first = max(size + 1, least) if type(size) is int else least
+        for larger in range(first, 2 * first):
+            try:
+                type(source).from_dict({**fields, key: larger})
+            except _INVALID:
+                continue
+            valid.append(f"{key}={larger}")
+            break
+    return ", or ".join(valid) or f"a {type(source).__name__} that can be built"
+
+
+def _cause(error: Exception) -> str:
+    # transformers wraps what a config's own check says into several lines of its own.
+    lines = str(error.__cause__ or error).split("\n")
+    return " ".join(line.strip() for line in lines).rstrip(".!")
 
 
 def _more_heads(asked: str, source: PreTrainedConfig, heads: str, width: str, wide: int) -> int:

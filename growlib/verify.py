@@ -1,5 +1,6 @@
 """The source and the grown model side by side: do they compute the same?"""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,9 @@ class Verification:
 
     def __str__(self) -> str:
         verdict = "exact" if self.exact else "NOT exact"
-        return f"{verdict}: max |Δ| {self.max_abs:.3g}, {self.max_rel:.3g} of the spread (tolerance {self.tolerance:.3g})"
+        return (
+            f"{verdict}: max |Δ| {self.max_abs:.3g}, {self.max_rel:.3g} of the spread (tolerance {self.tolerance:.3g})"
+        )
 
 
 def verify(small: Source, big: Source, inputs: dict[str, Tensor] | None = None) -> Verification:
@@ -55,8 +58,7 @@ def verify(small: Source, big: Source, inputs: dict[str, Tensor] | None = None) 
     reference, grown = _outputs(small, inputs), _outputs(big, inputs)
     tolerance = FLOAT32_TOLERANCE
     if small.dtype not in (torch.float32, torch.float64):
-        wide = type(small)(small.config).to(small.device)
-        wide.load_state_dict(small.state_dict())
+        wide = copy.deepcopy(small).float()
         tolerance = max(tolerance, 4 * _distance(_outputs(wide, inputs), reference)[1])
     return Verification(*_distance(reference, grown), tolerance)
 
@@ -73,9 +75,7 @@ def _outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Ten
     was_training = model.training
     outputs = model.eval()(**inputs, return_dict=True)
     model.train(was_training)
-    return {
-        name: value.double() for name, value in outputs.items() if isinstance(value, Tensor) and value.ndim >= 2
-    }
+    return {name: value.double() for name, value in outputs.items() if isinstance(value, Tensor) and value.ndim >= 2}
 
 
 def _distance(reference: dict[str, Tensor], grown: dict[str, Tensor]) -> tuple[float, float]:

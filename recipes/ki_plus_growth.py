@@ -46,26 +46,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--arms", help=f"comma-separated: {', '.join(ARMS)} (default: all), or none: only the small model"
     )
-    parser.add_argument(
-        "--text", help="a file or folder of text, stdlib, or environment (default: the preset's)"
-    )
+    parser.add_argument("--text", help="a file or folder of text, stdlib, or environment (default: the preset's)")
     parser.add_argument(
         "--small", type=Path, help="the folder of a checkpoint with its tokenizer, instead of a new one"
     )
-    parser.add_argument(
-        "--target", help="a folder or config.json, or KEY=VALUE,... over the small model's config"
-    )
+    parser.add_argument("--target", help="a folder or config.json, or KEY=VALUE,... over the small model's config")
     parser.add_argument("--model", help=f"the small model's architecture: {', '.join(MODELS)}")
     parser.add_argument("--method", help=f"of growth: {', '.join(m.name for m in methods())}, or WIDTH+DEPTH")
-    parser.add_argument(
-        "--preset", default="demo", help=f"{', '.join(presets())}, or a .toml file (default: demo)"
-    )
-    parser.add_argument(
-        "--train-tokens", type=int, help="train on so many distinct tokens, repeated (0: all)"
-    )
-    parser.add_argument(
-        "--learning-rate", type=float, help="one for all arms, instead of the preset's swept ones"
-    )
+    parser.add_argument("--preset", default="demo", help=f"{', '.join(presets())}, or a .toml file (default: demo)")
+    parser.add_argument("--train-tokens", type=int, help="train on so many distinct tokens, repeated (0: all)")
+    parser.add_argument("--learning-rate", type=float, help="one for all arms, instead of the preset's swept ones")
     parser.add_argument("--seed", type=int, help="of initial values, growth and order of the tokens")
     parser.add_argument("--out", type=Path, help="folder of the results (default: runs/PRESET)")
     return parser.parse_args(arguments)
@@ -74,9 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def setting_of(options: argparse.Namespace) -> Setting:
     """The preset with the command line's overrides."""
     setting = load_preset(options.preset)
-    given = {
-        name: value for name in ("model", "method", "seed") if (value := getattr(options, name)) is not None
-    }
+    given = {name: value for name in ("model", "method", "seed") if (value := getattr(options, name)) is not None}
     text = setting.text
     if options.text is not None:
         text = dataclasses.replace(text, source=options.text)
@@ -116,9 +104,7 @@ def target_of(option: str | None) -> Target:
     for pair in option.split(","):
         key, equals, value = pair.partition("=")
         if not (key and equals and value):
-            raise GrowError(
-                f"--target {option}", f"{pair!r} is no KEY=VALUE", "hidden_size=128,num_hidden_layers=4"
-            )
+            raise GrowError(f"--target {option}", f"{pair!r} is no KEY=VALUE", "hidden_size=128,num_hidden_layers=4")
         try:
             overrides[key.strip()] = json.loads(value)
         except ValueError:  # a bare word

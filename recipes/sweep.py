@@ -45,9 +45,7 @@ def winners(runs: Runs) -> dict[str, float]:
 def rows_of(runs: Runs) -> list[tuple[str, ...]]:
     """One row per run; savings against scratch at its own best learning rate, same seed."""
     best = winners(runs)
-    rows: list[tuple[str, ...]] = [
-        ("arm", "learning rate", "seed", "held-out loss", "FLOPs saved", "seconds")
-    ]
+    rows: list[tuple[str, ...]] = [("arm", "learning rate", "seed", "held-out loss", "FLOPs saved", "seconds")]
     for (arm, rate, seed), run in runs.items():
         scratch = runs.get(("scratch", best.get("scratch", 0.0), seed))
         saved = flops_saved({"scratch": scratch, "this": run})["this"] if scratch else None
@@ -60,9 +58,7 @@ def rows_of(runs: Runs) -> list[tuple[str, ...]]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="demo", help="as in ki_plus_growth.py")
     parser.add_argument("--arms", help=f"comma-separated: {', '.join(ARMS)} (default: all)")
     parser.add_argument("--learning-rates", default="2e-3,4e-3,8e-3", help="comma-separated")

@@ -30,7 +30,13 @@ HEADS = {"llama": T.LlamaForCausalLM, "gpt2": T.GPT2LMHeadModel, "bert": T.BertF
 SPECIAL_TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
-def tiny(family: str, model_class: type[PreTrainedModel] | None = None, seed: int = 0, scale: float = 0.3, **options: object):
+def tiny(
+    family: str,
+    model_class: type[PreTrainedModel] | None = None,
+    seed: int = 0,
+    scale: float = 0.3,
+    **options: object,
+):
     """A model of the family's tiny sizes and the given config options, in eval mode."""
     tokens = {} if family == "bert" else SPECIAL_TOKENS
     config = CONFIGS[family](**{**SIZES[family], **tokens, **options})

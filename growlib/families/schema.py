@@ -94,7 +94,7 @@ class Family:
         """The size of each axis under a config. Raises ValueError where it is not a whole number."""
         sizes: dict[str, int] = {}
         for name, axis in self.axes.items():
-            value = next((v for v in (_evaluate(e, config) for e in axis.size.split(" or ")) if v is not None))
+            value = next(v for v in (_evaluate(e, config) for e in axis.size.split(" or ")) if v is not None)
             if value != int(value) or value < 1:
                 raise ValueError(f"the size of axis {name} ({axis.size}) is {value:g}, not a whole number")
             sizes[name] = int(value)
@@ -118,7 +118,7 @@ class Family:
 
 
 def _evaluate(expression: str, config: Any) -> float | None:
-    left, operator, right = (expression.split() + ["", ""])[:3]
+    left, operator, right = ([*expression.split(), "", ""])[:3]
     a = float(left) if left.isdigit() else getattr(config, left)
     if a is None or not operator:
         return a

@@ -79,13 +79,9 @@ def prepare(setting: Setting, folder: Path, small: Path | None, target: Target) 
     blocks, small_blocks = text.share_text(corpus, setting.text.train_tokens, setting.small.text)
     if len(corpus.tokenizer) > model.config.vocab_size:
         wrong = f"its tokenizer has {len(corpus.tokenizer)} tokens and its model {model.config.vocab_size}"
-        raise GrowError(
-            f"--small {small}", wrong, "a checkpoint beside the tokenizer that it was trained with"
-        )
+        raise GrowError(f"--small {small}", wrong, "a checkpoint beside the tokenizer that it was trained with")
     mask_token = text.mask_token_of(corpus.tokenizer, _is_masked(model))
-    prepared = Prepared(
-        setting, folder, corpus, blocks, mask_token, plan, type(model), small or folder, "", {}
-    )
+    prepared = Prepared(setting, folder, corpus, blocks, mask_token, plan, type(model), small or folder, "", {})
     if small:
         loss = evaluate(model, prepared.held_out, corpus.tokenizer, setting.training)
         facts = {"eval_loss": loss, "flops": None, "seconds": None}
@@ -115,9 +111,7 @@ def _new_small(setting: Setting) -> PreTrainedModel:
 def _preset_target(setting: Setting, model: PreTrainedModel) -> Mapping[str, int]:
     if model.config.model_type not in MODELS:
         wrong = f"the preset's sizes have no names for a {model.config.model_type} model"
-        raise GrowError(
-            "a run without --target", wrong, "--target with a folder, a config.json, or KEY=VALUE,..."
-        )
+        raise GrowError("a run without --target", wrong, "--target with a folder, a config.json, or KEY=VALUE,...")
     return size_fields(MODELS[model.config.model_type], setting.target)
 
 
@@ -242,9 +236,7 @@ def run_arm(prepared: Prepared, name: str) -> dict[str, Any]:
         "seconds": run.seconds,
     }
     if PartialState().is_main_process:
-        store.write_json(
-            arm_file(prepared, name), {"decided_by": _decided_by(prepared, name), "result": result}
-        )
+        store.write_json(arm_file(prepared, name), {"decided_by": _decided_by(prepared, name), "result": result})
     PartialState().wait_for_everyone()
     return result
 
@@ -301,9 +293,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "device": torch.cuda.get_device_name()
-            if torch.cuda.is_available()
-            else f"{os.cpu_count()} CPU cores",
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
             "processes": PartialState().num_processes,
         },
     }

@@ -35,9 +35,7 @@ def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
         flops = result["flops"]
         cost = _cost(flops["student"] + flops["teacher"], flops["teacher"], result["seconds"])
         saved = (
-            ("", "")
-            if arm == "scratch"
-            else (_saved(results, arm), _share(with_small[arm], small["flops"] is None))
+            ("", "") if arm == "scratch" else (_saved(results, arm), _share(with_small[arm], small["flops"] is None))
         )
         rows.append((arm, f"{result['final_eval_loss']:.3f}", *cost, *saved))
     return rows
@@ -61,9 +59,7 @@ def _share(share: float | None, unknown: bool) -> str:
 def as_text(rows: list[tuple[str, ...]]) -> str:
     """Aligned columns for a terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-    )
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def as_markdown(rows: list[tuple[str, ...]]) -> str:
@@ -134,9 +130,7 @@ def _draw(path: Path, results: Mapping[str, Any]) -> None:
     axes.axhline(small_loss, color="grey", linestyle=":", label="small model")
     finals = [result["final_eval_loss"] for result in results["arms"].values()]
     if "scratch" in results["arms"]:
-        axes.axhline(
-            results["arms"]["scratch"]["final_eval_loss"], color="grey", linestyle="--", label="scratch's end"
-        )
+        axes.axhline(results["arms"]["scratch"]["final_eval_loss"], color="grey", linestyle="--", label="scratch's end")
     axes.set_ylim(min([small_loss, *finals]) - 0.1, max([small_loss, *finals]) + 1.0)
     axes.legend()
     temporary = path.with_name(f".{path.name}")

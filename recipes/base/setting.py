@@ -146,9 +146,7 @@ def _build(kind: type, rows: Mapping[str, Any], asked: str) -> Any:
     names = [field.name for field in dataclasses.fields(kind)]
     unknown, missing = sorted(set(rows) - set(names)), [name for name in names if name not in rows]
     if unknown or missing:
-        parts = [f"unknown: {', '.join(unknown)}"] * bool(unknown) + [
-            f"missing: {', '.join(missing)}"
-        ] * bool(missing)
+        parts = [f"unknown: {', '.join(unknown)}"] * bool(unknown) + [f"missing: {', '.join(missing)}"] * bool(missing)
         raise GrowError(f"{asked}, {kind.__name__.lower()}", "; ".join(parts), f"exactly {', '.join(names)}")
     return kind(**{name: _value(types[name], rows[name], f"{asked}, {name}") for name in names})
 
@@ -161,7 +159,5 @@ def _value(kind: Any, value: Any, asked: str) -> Any:
     plain = typing.get_origin(kind) or kind
     expected = Mapping if dataclasses.is_dataclass(kind) else plain
     if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
-        raise GrowError(
-            asked, f"{value!r} is no {getattr(expected, '__name__', expected)}", f"a {expected.__name__}"
-        )
+        raise GrowError(asked, f"{value!r} is no {getattr(expected, '__name__', expected)}", f"a {expected.__name__}")
     return value

@@ -73,13 +73,9 @@ def read_files(source: str) -> list[str]:
             raise GrowError(asked, "there is no such file or folder", "the path of a file or folder of text")
         if root.is_file():
             lines = (_read(root) or "").splitlines(keepends=True)
-            return _shuffled(
-                (str(i), "".join(lines[i : i + PIECE_LINES])) for i in range(0, len(lines), PIECE_LINES)
-            )
+            return _shuffled((str(i), "".join(lines[i : i + PIECE_LINES])) for i in range(0, len(lines), PIECE_LINES))
         names = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-        files = {
-            name: path for name, path in names.items() if not any(p.startswith(".") for p in name.split("/"))
-        }
+        files = {name: path for name, path in names.items() if not any(p.startswith(".") for p in name.split("/"))}
     texts = _shuffled((name, text) for name, path in files.items() if (text := _read(path)))
     if not texts:
         raise GrowError(asked, "it holds no file of UTF-8 text", "a file or folder of text")
@@ -123,7 +119,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         tokenizer_object=tokenizer,
         bos_token=SEPARATOR,
         eos_token=SEPARATOR,
-        pad_token=SEPARATOR,
         mask_token=MASK,
     )
 
@@ -133,9 +128,7 @@ def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
     ids = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id)
     found = next((token for token in ids if token is not None), None)
     if found is None:
-        raise GrowError(
-            "the small model's tokenizer", "it has no token for the end of a text", "one with eos or sep"
-        )
+        raise GrowError("the small model's tokenizer", "it has no token for the end of a text", "one with eos or sep")
     return found
 
 
@@ -157,10 +150,7 @@ def prepare(setting: Text, small: Path | None, store: Path) -> Corpus:
     if not folder.exists():
         write_folder(folder, lambda empty: _encode_all(empty, setting, small, texts))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    blocks = {
-        part: _blocks(np.load(folder / f"{part}.npy"), setting.sequence_length)
-        for part in ("train", "held_out")
-    }
+    blocks = {part: _blocks(np.load(folder / f"{part}.npy"), setting.sequence_length) for part in ("train", "held_out")}
     evaluated = setting.held_out_tokens // setting.sequence_length
     if len(blocks["held_out"]) == 0 or len(blocks["train"]) == 0:
         sizes = ", ".join(f"{part} {len(rows)}" for part, rows in blocks.items())
@@ -255,9 +245,7 @@ class Ordered(Dataset):
         ids = torch.from_numpy(self.blocks[self.order[position]].astype(np.int64))
         if self.mask_token is None:
             return {"input_ids": ids, "labels": ids}
-        chosen = torch.from_numpy(
-            np.random.default_rng([self.seed, position]).random(len(ids)) < MASKED_SHARE
-        )
+        chosen = torch.from_numpy(np.random.default_rng([self.seed, position]).random(len(ids)) < MASKED_SHARE)
         chosen[position % len(ids)] = True  # a block without a masked token has no loss
         return {
             "input_ids": ids.masked_fill(chosen, self.mask_token),

@@ -76,9 +76,7 @@ def train(
     """
     steps = len(train_blocks) // training.batch_size
     curve = CurveCallback(name, steps, training.evaluations)
-    with (
-        tempfile.TemporaryDirectory() as unused
-    ):  # the Trainer asks for a folder, and nothing is written there
+    with tempfile.TemporaryDirectory() as unused:  # the Trainer asks for a folder, and nothing is written there
         arguments = _arguments(training, steps, learning_rate, seed, unused)
         trainer = _trainer(model, arguments, train_blocks, held_out_blocks, tokenizer, ki)
         trainer.add_callback(curve)
@@ -95,9 +93,7 @@ def evaluate(
 ) -> float:
     """The held-out loss of a model as it is."""
     with tempfile.TemporaryDirectory() as unused:
-        trainer = _trainer(
-            model, _arguments(training, 1, 0.0, 0, unused), None, held_out_blocks, tokenizer, None
-        )
+        trainer = _trainer(model, _arguments(training, 1, 0.0, 0, unused), None, held_out_blocks, tokenizer, None)
         return trainer.evaluate()["eval_loss"]
 
 
@@ -122,9 +118,7 @@ def _trainer(
     return trainer
 
 
-def _arguments(
-    training: Training, steps: int, learning_rate: float, seed: int, folder: str
-) -> TrainingArguments:
+def _arguments(training: Training, steps: int, learning_rate: float, seed: int, folder: str) -> TrainingArguments:
     devices = PartialState().num_processes
     at_once = min(training.device_batch_size, training.batch_size // devices)
     if at_once == 0 or training.batch_size % (devices * at_once):
@@ -136,12 +130,8 @@ def _arguments(
     if training.precision not in {"float32", "bf16"}:
         raise GrowError(f"precision {training.precision!r}", "there is no such choice", "float32 or bf16")
     if training.precision == "bf16" and not torch.cuda.is_available():
-        raise GrowError(
-            "precision bf16", "there is no CUDA device", "a GPU, or a preset in float32 such as demo"
-        )
-    if (
-        devices == 1 and torch.cuda.device_count() > 1
-    ):  # the Trainer would split each batch over them by itself
+        raise GrowError("precision bf16", "there is no CUDA device", "a GPU, or a preset in float32 such as demo")
+    if devices == 1 and torch.cuda.device_count() > 1:  # the Trainer would split each batch over them by itself
         raise GrowError(
             f"one process with {torch.cuda.device_count()} GPUs",
             "each of them needs a process of its own",

@@ -1,0 +1,143 @@
+"""The command line: growlib expand | plan | verify | methods | families."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from growlib import checkpoint
+from growlib.errors import GrowError
+from growlib.expand import expand, plan
+from growlib.families import families, family
+from growlib.methods import methods
+from growlib.verify import verify
+
+# What stands beside the weights in a checkpoint folder and describes the text, not the architecture.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns 0, 1 where a verification fails, or 2 for a request that growlib refuses."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return options.run(options)
+    except GrowError as error:
+        print(f"growlib: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `growlib plan ... | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="growlib", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("expand", _expand, "grow a checkpoint into a larger one"),
+        ("plan", _plan, "show what a growth would do, without running it"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        command.add_argument("source", help="a folder or a hub id")
+        if name == "expand":
+            command.add_argument("destination", help="a folder that does not exist yet")
+            command.add_argument("--exact", action="store_true", help="refuse what does not preserve the function")
+        command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the config")
+        command.add_argument("--config", help="a folder with the target's config.json, instead of --set")
+        command.add_argument("--method", default="lossless", help="see growlib methods (default: %(default)s)")
+        command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--json", action="store_true", help="print the plan as JSON")
+    command = commands.add_parser("verify", help="compare a source and its grown model on random tokens")
+    command.add_argument("source")
+    command.add_argument("grown")
+    command.set_defaults(run=_verify)
+    commands.add_parser("methods", help="the growth methods").set_defaults(run=_methods)
+    commands.add_parser("families", help="the model types with a table").set_defaults(run=_families)
+    return parser
+
+
+def _target(options: argparse.Namespace) -> str | dict[str, Any]:
+    if bool(options.config) == bool(options.set):
+        raise GrowError("reading the target", "name it once", "either --set FIELD=VALUE ... or --config FOLDER")
+    return options.config or dict(_setting(text) for text in options.set)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    field, equals, value = text.partition("=")
+    if not (field and equals and value):
+        raise GrowError(f"--set {text}", "it is not FIELD=VALUE", "such as --set hidden_size=1024")
+    try:
+        return field, json.loads(value)
+    except json.JSONDecodeError:
+        return field, value
+
+
+def _expand(options: argparse.Namespace) -> int:
+    with checkpoint.new_folder(options.destination) as folder:
+        source = checkpoint.load(options.source)
+        growth = plan(source, _target(options), options.method, seed=options.seed)
+        grown = expand(source, growth.config, options.method, seed=options.seed, exact=True if options.exact else None)
+        grown.save_pretrained(folder)
+        (folder / "growlib.json").write_text(json.dumps({"source": options.source, **growth.to_dict()}))
+        for pattern in TOKENIZER_FILES:
+            for path in Path(options.source).glob(pattern):
+                shutil.copy2(path, folder)
+        measured = verify(source, grown)
+    count = sum(parameter.numel() for parameter in grown.parameters())
+    print(f"{options.destination}: {count:,} parameters, {measured}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    growth = plan(options.source, _target(options), options.method, seed=options.seed)
+    print(json.dumps(growth.to_dict()) if options.json else growth)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    measured = verify(options.source, options.grown)
+    print(measured)
+    return 0 if measured.exact else 1
+
+
+def _methods(options: argparse.Namespace) -> int:
+    rows = [("method", "width", "depth", "exact", "source")]
+    rows += [(m.name, "yes" if m.width else "-", "yes" if m.depth else "-", m.exact, m.source) for m in methods()]
+    print(_table(rows))
+    return 0
+
+
+def _families(options: argparse.Namespace) -> int:
+    rows = [("family", "axes that grow")]
+    for name in families():
+        axes = [axis for axis, facts in family(name).axes.items() if facts.meets]
+        rows.append((name, ", ".join([*axes, "layers"])))
+    print(_table(rows))
+    return 0
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
