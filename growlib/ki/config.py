@@ -25,6 +25,7 @@ class KIConfig:
         teacher_dtype: what the teacher is cast to, once; None keeps the checkpoint's.
         common_vocab: number of token ids, counted from 0, that mean the same to student and teacher. None:
             both vocabularies are equally large, or the two tokenizers prove that only their padding differs.
+            The data must hold no id that the teacher's embedding lacks.
 
     Raises:
         GrowError: a value is out of range.

@@ -43,7 +43,7 @@ class KIMixin(_Base):
         self.ki = ki
         self._ki_metrics = KIMetrics()
         self._ki_teacher: Teacher | None = None
-        self._ki_num_items_divides: bool | None = None
+        self._ki_divides: bool | None = None
         if ki is not None:
             self._ki_refuse_split_students()
             self._ki_head = head_of(self._ki_student())
@@ -71,9 +71,7 @@ class KIMixin(_Base):
 
         if self._ki_teacher is None:  # released by an earlier train() of this trainer
             self._ki_teacher = self._ki_resolve_teacher(self.ki)
-        count = None  # the denominator of the trainer's loss, where it is not the micro-batch's own count
-        if num_items_in_batch is not None and self._ki_num_items_counts(model, inputs):
-            count = num_items_in_batch
+        divides = num_items_in_batch is not None and self._ki_num_items_divides(model, inputs)
         batch = dict(inputs)  # label smoothing pops the labels from `inputs`
         ce, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         logits = _logits_of(outputs)
@@ -85,13 +83,12 @@ class KIMixin(_Base):
         labels_N = labels[counted]
         student_NV, teacher_NV = (x.reshape(-1, x.shape[-1])[counted] for x in (logits, teacher_logits))
         kd_sum = kl_sum(student_NV, teacher_NV, self.ki.temperature)
-        per_sum = self._ki_loss_scale(num_items_in_batch) / (
-            max(labels_N.numel(), 1) if count is None else count
-        )
-        # The mean over no position is NaN; its gradient, like the sum's, is 0.
-        ce_sum = ce / per_sum if labels_N.numel() else torch.zeros_like(ce)
+        denominator: Any = num_items_in_batch if divides else max(labels_N.numel(), 1)
+        weight = self._ki_loss_scale(num_items_in_batch) / denominator  # of one position
+        # The mean over no position is NaN; its gradient is 0, as the KL's.
+        ce_sum = ce / weight if labels_N.numel() else torch.zeros_like(ce)
         self._ki_metrics.add(ce_sum, kd_sum, teacher_NV, labels_N)
-        loss = mix(ce, kd_sum * per_sum, alpha)
+        loss = mix(ce, kd_sum * weight, alpha)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -109,14 +106,14 @@ class KIMixin(_Base):
         )
         return self.accelerator.num_processes if undone else 1
 
-    def _ki_num_items_counts(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+    def _ki_num_items_divides(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Whether the trainer's loss is a sum over `num_items_in_batch`, and not a mean over the micro-batch.
 
         Models that compute their loss inline (BERT, T5) accept `num_items_in_batch` and ignore it, and
         nothing declares it. Two forward passes, at the first step only, show it: the sum halves from 1 item
         to 2.
         """
-        if self._ki_num_items_divides is None:
+        if self._ki_divides is None:
             # With every label counted the loss is not 0 and not NaN; in eval mode no dropout differs.
             zeros: dict[str, Any] = {
                 name: torch.zeros_like(inputs[name]) for name in ("labels", "shift_labels") if name in inputs
@@ -127,8 +124,8 @@ class KIMixin(_Base):
                 over_one = super().compute_loss(model, {**inputs, **zeros}, False, one)
                 over_two = super().compute_loss(model, {**inputs, **zeros}, False, two)
             model.train()
-            self._ki_num_items_divides = bool(over_one != over_two)
-        return self._ki_num_items_divides
+            self._ki_divides = bool(over_one != over_two)
+        return self._ki_divides
 
     def _ki_student(self) -> PreTrainedModel:
         """The student without the wrappers of accelerate and PEFT."""

@@ -1,0 +1,25 @@
+"""One of the processes of `test_two_processes_take_the_steps_of_one`; the argument is its folder."""
+
+import sys
+from pathlib import Path
+
+import torch
+from ki_tiny import examples, llama, parameters, train
+
+from growlib import KIConfig
+
+folder = Path(sys.argv[1])
+student = llama(0)
+trainer = train(
+    folder / "two",
+    student,
+    KIConfig(teacher=llama(1, hidden=8), stop_at=0.7, temperature=2.0),
+    examples(16),
+    max_steps=3,
+    per_device_train_batch_size=2,
+    logging_strategy="steps",
+    logging_steps=1,
+)
+assert trainer.accelerator.num_processes == 2
+if trainer.is_world_process_zero():
+    torch.save({"parameters": parameters(student), "logs": trainer.state.log_history}, folder / "result.pt")

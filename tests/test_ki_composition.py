@@ -1,0 +1,184 @@
+"""Knowledge Inheritance with other losses, trainers and processes, and the students that it refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ki_tiny import (
+    VOCAB,
+    bert,
+    collate,
+    examples,
+    half,
+    llama,
+    parameters,
+    shifted,
+    t5,
+    train,
+)
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer
+from transformers.trainer_pt_utils import LabelSmoother
+
+from growlib import GrowError, KIConfig, KIMixin
+from growlib.ki import ki_loss
+
+
+def label_count(rows, align):
+    return int((align(collate(rows)["labels"]) != -100).sum())
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_label_smoothing_replaces_the_cross_entropy(tmp_path, micro_batches):
+    student, teacher, rows = llama(0), llama(1, hidden=8), examples(8)
+    batch = collate(rows)
+    outputs = student(**batch)
+    with torch.no_grad():
+        teacher_logits = teacher(**batch).logits
+    kd = ki_loss(outputs.logits, shifted(batch["labels"]), teacher_logits, alpha=1.0).loss
+    smoothed = LabelSmoother(epsilon=0.2)(outputs, batch["labels"], shift_labels=True)
+    gradients = torch.autograd.grad(0.5 * smoothed + 0.5 * kd, list(student.parameters()))
+    expected = parameters(student) - 0.1 * torch.cat([g.reshape(-1) for g in gradients])
+    train(
+        tmp_path,
+        student,
+        half(teacher),
+        rows,
+        label_smoothing_factor=0.2,
+        per_device_train_batch_size=8 // micro_batches,
+        gradient_accumulation_steps=micro_batches,
+    )
+    torch.testing.assert_close(parameters(student), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_function_of_the_user_replaces_the_cross_entropy(tmp_path):
+    def squared_logits(outputs, labels, num_items_in_batch):
+        return outputs.logits.square().sum() / num_items_in_batch
+
+    student, teacher, rows = llama(0), llama(1, hidden=8), examples(8)
+    batch = collate(rows)
+    logits, aligned = student(**batch).logits, shifted(batch["labels"])
+    with torch.no_grad():
+        teacher_logits = teacher(**batch).logits
+    kd = ki_loss(logits, aligned, teacher_logits, alpha=1.0).loss
+    own = logits.square().sum() / label_count(rows, shifted)
+    gradients = torch.autograd.grad(0.5 * own + 0.5 * kd, list(student.parameters()))
+    expected = parameters(student) - 0.01 * torch.cat([g.reshape(-1) for g in gradients])
+    train(
+        tmp_path,
+        student,
+        half(teacher),
+        rows,
+        trainer_options={"compute_loss_func": squared_logits},
+        learning_rate=0.01,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+    )
+    torch.testing.assert_close(parameters(student), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_mixin_works_on_a_trainer_with_a_constructor_and_loss_of_its_own(tmp_path):
+    class FineTuner(Trainer):
+        def __init__(self, *args, scale=1.0, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.scale, self.seen = scale, []
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            inputs["use_cache"] = False
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            self.seen.append(outputs.logits.shape)
+            return (self.scale * loss, outputs) if return_outputs else self.scale * loss
+
+    class TaughtFineTuner(KIMixin, FineTuner):
+        pass
+
+    student, rows = llama(0), examples(8)
+    options = {"trainer_class": TaughtFineTuner, "trainer_options": {"scale": 1.0}}
+    trainer = train(tmp_path, student, half(llama(1, hidden=8)), rows, **options)
+    expected = llama(0)
+    train(tmp_path, expected, half(llama(1, hidden=8)), rows)
+    assert torch.equal(parameters(student), parameters(expected))
+    assert trainer.seen[-1] == (8, 10, VOCAB)
+
+
+def test_a_micro_batch_without_labels_changes_nothing(tmp_path):
+    rows = examples(2)
+    empty = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows]
+    for maker in (llama, bert):
+        student = maker(0)
+        options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
+        trainer = train(
+            tmp_path, student, half(maker(1, hidden=8)), rows + empty, logging_strategy="steps", **options
+        )
+        assert parameters(student).isfinite().all()
+        assert all(torch.tensor(value).isfinite() for value in trainer.state.log_history[0].values())
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    script = Path(__file__).with_name("ki_two_processes.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            script,
+            tmp_path,
+        ],
+        env=environment,
+        check=True,
+        timeout=300,
+    )
+    alone = llama(0)
+    trainer = train(
+        tmp_path / "one",
+        alone,
+        KIConfig(teacher=llama(1, hidden=8), stop_at=0.7, temperature=2.0),
+        examples(16),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        logging_strategy="steps",
+        logging_steps=1,
+    )
+    both = torch.load(tmp_path / "result.pt")
+    torch.testing.assert_close(both["parameters"], parameters(alone), rtol=1e-5, atol=1e-6)
+    names = ("ki/alpha", "ki/ce", "ki/kd", "ki/teacher_ce", "loss")
+    for two, one in zip(both["logs"][:3], trainer.state.log_history[:3], strict=True):
+        assert [two[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-4)
+
+
+def test_an_auxiliary_loss_is_refused(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(
+        vocab_size=VOCAB, num_key_value_heads=1, num_local_experts=2, output_router_logits=True, **sizes
+    )
+    with pytest.raises(GrowError, match="auxiliary"):
+        train(tmp_path, MixtralForCausalLM(config), half(llama(1)), examples(8))
+
+
+def test_a_student_without_logits_is_refused(tmp_path):
+    class Fused(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            outputs["logits"] = None
+            return (loss, outputs) if return_outputs else loss
+
+    class TaughtFused(KIMixin, Fused):
+        pass
+
+    with pytest.raises(GrowError, match="no logits"):
+        train(tmp_path, llama(0), half(llama(1)), examples(8), trainer_class=TaughtFused)
+
+
+def test_seq2seq_teacher_gets_the_decoder_inputs_of_the_labels(tmp_path):
+    """A teacher equal to the student: zero divergence only if both decode from the same inputs."""
+    options = {"logging_strategy": "steps", "logging_steps": 1}
+    rows = examples(4, ignored=False)
+    trainer = train(tmp_path, t5(0), half(t5(0)), rows, per_device_train_batch_size=4, **options)
+    log = trainer.state.log_history[0]
+    assert log["ki/kd"] == pytest.approx(0.0, abs=1e-6)
+    assert log["ki/teacher_ce"] == pytest.approx(log["ki/ce"], rel=1e-5)

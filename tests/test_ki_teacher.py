@@ -1,0 +1,196 @@
+"""Which teachers are taken, which are refused and why, and how labels meet logits."""
+
+import pytest
+import torch
+from ki_tiny import MAKERS, VOCAB, arguments, bert, collate, examples, gpt2, llama, t5
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    BertForSequenceClassification,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    XLMConfig,
+    XLMWithLMHeadModel,
+)
+
+from growlib import GrowError, KIConfig, KITrainer
+from growlib.ki.heads import aligned_labels, head_of
+
+
+def tokenizer(words):
+    table = {f"word{i}": i for i in range(words - 1)} | {"[UNK]": words - 1}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(table, unk_token="[UNK]")))
+
+
+def trainer(folder, student, ki, student_tokenizer=None):
+    return KITrainer(
+        model=student,
+        args=arguments(folder),
+        train_dataset=examples(8),
+        data_collator=collate,
+        processing_class=student_tokenizer,
+        ki=ki,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("teacher", 3),
+        ("schedule", "sigmoid"),
+        ("stop_at", 0.0),
+        ("stop_at", 1.5),
+        ("stop_at", None),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("alpha", -0.1),
+        ("alpha", 1.1),
+        ("teacher_dtype", torch.int8),
+        ("common_vocab", 0),
+    ],
+)
+def test_bad_settings_say_what_would_be_valid(name, value):
+    with pytest.raises(GrowError, match=name) as refused:
+        KIConfig(**{"teacher": "folder", name: value})
+    assert refused.value.valid
+
+
+def test_settings_are_frozen_and_scale_the_schedule():
+    ki = KIConfig(teacher="folder", alpha=0.8, stop_at=0.5)
+    assert [ki.alpha_at(p) for p in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0.8, 0.4, 0.0, 0.0])
+    with pytest.raises(AttributeError):
+        ki.alpha = 0.5
+
+
+def test_a_folder_of_safetensors_is_loaded_in_its_dtype(tmp_path):
+    llama(1, hidden=8).to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    loaded = trainer(tmp_path, llama(0), KIConfig(teacher=str(tmp_path / "teacher")))._ki_teacher.model
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    cast = KIConfig(teacher=str(tmp_path / "teacher"), teacher_dtype=torch.float64)
+    assert trainer(tmp_path, llama(0), cast)._ki_teacher.model.dtype == torch.float64
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    teacher = llama(1, hidden=8)
+    teacher.config.save_pretrained(tmp_path / "teacher")
+    torch.save(teacher.state_dict(), tmp_path / "teacher" / "pytorch_model.bin")
+    with pytest.raises(GrowError, match="safetensors"):
+        trainer(tmp_path, llama(0), KIConfig(teacher=tmp_path / "teacher"))
+
+
+def test_a_checkpoint_without_its_head_is_refused(tmp_path):
+    LlamaModel(llama(1, hidden=8).config).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(GrowError, match=r"lm_head\.weight"):
+        trainer(tmp_path, llama(0), KIConfig(teacher=tmp_path / "teacher"))
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(GrowError, match="does not load"):
+        trainer(tmp_path, llama(0), KIConfig(teacher=tmp_path / "nowhere"))
+
+
+def test_the_student_cannot_be_its_own_teacher(tmp_path):
+    student = llama(0)
+    with pytest.raises(GrowError, match="shares parameters"):
+        trainer(tmp_path, student, KIConfig(teacher=student))
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_another_kind_of_language_model_is_refused(tmp_path):
+    with pytest.raises(GrowError, match="masked language model cannot teach a causal one"):
+        trainer(tmp_path, llama(0), KIConfig(teacher=bert(1)))
+
+
+@pytest.mark.parametrize("teacher_vocab", [VOCAB - 4, VOCAB + 8])
+def test_another_vocabulary_size_is_refused_without_proof(tmp_path, teacher_vocab):
+    with pytest.raises(GrowError, match="common_vocab"):
+        trainer(tmp_path, llama(0), KIConfig(teacher=llama(1, vocab=teacher_vocab)))
+
+
+def test_two_paddings_of_one_tokenizer_meet_on_the_tokenizer(tmp_path):
+    llama(1, hidden=8, vocab=VOCAB + 8).save_pretrained(tmp_path / "teacher")
+    tokenizer(VOCAB - 2).save_pretrained(tmp_path / "teacher")
+    taught = trainer(tmp_path, llama(0), KIConfig(teacher=tmp_path / "teacher"), tokenizer(VOCAB - 2))
+    assert taught._ki_teacher.logits(collate(examples(2))).shape == (2, 10, VOCAB - 2)
+
+
+def test_a_declared_common_vocabulary_is_used(tmp_path):
+    """Labels beyond it count in the CE and leave the teacher's own CE alone."""
+    ki = KIConfig(teacher=llama(1, hidden=8), common_vocab=VOCAB - 6, stop_at=1.0)
+    taught = trainer(tmp_path, llama(0), ki)
+    taught.train()
+    logs = taught._ki_metrics.drain(taught.accelerator)
+    batch = collate(examples(8))
+    aligned = aligned_labels(batch, "causal")
+    known = (aligned >= 0) & (aligned < VOCAB - 6)
+    log_probs = taught._ki_teacher.logits(batch).log_softmax(-1)[known]
+    expected = -log_probs.gather(-1, aligned[known][:, None]).mean().item()
+    assert logs["ki/teacher_ce"] == pytest.approx(expected, rel=1e-5)
+    assert all(torch.tensor(value).isfinite() for value in logs.values())
+
+
+def test_a_common_vocabulary_larger_than_either_is_refused(tmp_path):
+    with pytest.raises(GrowError, match=f"at most {VOCAB}"):
+        trainer(tmp_path, llama(0), KIConfig(teacher=llama(1), common_vocab=VOCAB + 1))
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
+    llama(1, hidden=8).save_pretrained(tmp_path / "teacher")
+    tokenizer(VOCAB - 1).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(GrowError, match="tokenizer is not the student's: 3"):
+        trainer(tmp_path, llama(0), KIConfig(teacher=tmp_path / "teacher"), tokenizer(VOCAB))
+    agreed = KIConfig(teacher=tmp_path / "teacher", common_vocab=VOCAB - 2)
+    assert trainer(tmp_path, llama(0), agreed, tokenizer(VOCAB))._ki_teacher.common_vocab == VOCAB - 2
+
+
+@pytest.mark.parametrize(
+    ("maker", "head"), [(llama, "causal"), (gpt2, "causal"), (bert, "masked"), (t5, "seq2seq")]
+)
+def test_heads_are_read_from_the_tables_and_align_as_the_models_loss_does(maker, head):
+    model, batch = maker(0).eval(), collate(examples(4))
+    assert head_of(model) == head
+    with torch.no_grad():
+        outputs = model(**batch)
+    cross_entropy = torch.nn.functional.cross_entropy(
+        outputs.logits.flatten(0, 1), aligned_labels(batch, head).flatten()
+    )
+    torch.testing.assert_close(cross_entropy, outputs.loss)
+
+
+def test_a_subclass_has_the_head_of_its_base_and_xlm_does_not_shift():
+    class Mine(type(llama(0))):
+        pass
+
+    assert head_of(Mine(llama(0).config)) == "causal"
+    sizes = {"emb_dim": 8, "n_layers": 1, "n_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 16}
+    assert head_of(XLMWithLMHeadModel(XLMConfig(**sizes))) == "masked"
+
+
+def test_a_classifier_is_refused():
+    with pytest.raises(GrowError, match="neither a causal nor a masked"):
+        head_of(BertForSequenceClassification(bert(0).config))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_teacher_equal_to_the_student_gives_its_logits(tmp_path, name):
+    teacher, batch = MAKERS[name](1), collate(examples(4, ignored=False))
+    taught = trainer(tmp_path, MAKERS[name](0), KIConfig(teacher=teacher))
+    expected = teacher(**batch).logits
+    assert torch.equal(taught._ki_teacher.logits(batch), expected)
+    assert not taught._ki_teacher.logits(batch).requires_grad
+
+
+def test_inputs_that_the_teacher_does_not_name_are_left_out(tmp_path):
+    class Narrow(type(llama(0))):
+        def forward(self, input_ids):
+            return super().forward(input_ids=input_ids)
+
+    taught = trainer(tmp_path, llama(0), KIConfig(teacher=Narrow(llama(1).config)))
+    batch = collate(examples(2)) | {"position_ids": torch.arange(10).repeat(2, 1)}
+    assert taught._ki_teacher.logits(batch).shape == (2, 10, VOCAB)
+
+
+def test_unsupported_splits_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("growlib.ki.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(GrowError, match="ZeRO stage 3"):
+        trainer(tmp_path, llama(0), KIConfig(teacher=llama(1)))
