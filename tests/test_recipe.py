@@ -3,17 +3,17 @@
 import json
 from pathlib import Path
 
-import ki_plus_growth as recipe
 import pytest
-import sweep
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import ki_plus_growth as recipe
+import sweep
 from base.comparison import ARMS
 from base.flops import flops_saved, flops_to_reach, forward_flops
 from base.models import MODELS
 from base.setting import load_preset, presets
 from base.text import Ordered, read_files
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
 from growlib import GrowError
 
 TWO_STEPS = 'extends = "miniature"\n[small]\nsteps = 2\n[training]\nsteps = 2\nwarmup_steps = 1\nevaluations = 2\n'
@@ -75,7 +75,8 @@ def test_results_json_is_consistent(finished):
 def test_report_and_curves(finished):
     report = (finished / "report.md").read_text()
     assert all(f"| {arm} |" in report for arm in ARMS)
-    assert "FLOPs saved" in report and "stacking" in report
+    assert "FLOPs saved" in report
+    assert "stacking" in report
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -120,7 +121,7 @@ def test_interrupted_run_goes_on(two_steps, tmp_path, monkeypatch, capsys):
     assert "same command" in capsys.readouterr().err
     assert recipe.main(arguments) == 0
     assert trained == ["small", "scratch", "weights", "knowledge", "knowledge", "both"]
-    assert not [path for path in (tmp_path / "out").rglob(".*")]
+    assert not list((tmp_path / "out").rglob(".*"))
 
 
 @pytest.mark.parametrize("model", ["gpt2", "bert"])
@@ -178,7 +179,8 @@ def test_every_preset_loads(name):
     assert setting.training.batch_size % setting.training.device_batch_size == 0
     assert setting.text.held_out_tokens >= setting.text.sequence_length
     for sizes in (setting.initial, setting.target):
-        assert sizes.hidden % sizes.heads == 0 and sizes.heads % sizes.kv_heads == 0
+        assert sizes.hidden % sizes.heads == 0
+        assert sizes.heads % sizes.kv_heads == 0
 
 
 def test_there_are_presets():
@@ -208,8 +210,12 @@ def test_bad_input_is_refused_in_one_line(arguments, says, two_steps, tmp_path, 
     preset = [] if "--preset" in arguments else ["--preset", two_steps]
     assert recipe.main([*preset, *arguments, "--out", str(out)]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ") and says in said and "Valid: " in said
-    assert not list(out.glob("arms/*")) and not list(out.glob("small-*")) and not list(out.glob(".*"))
+    assert said.startswith("error: ")
+    assert says in said
+    assert "Valid: " in said
+    assert not list(out.glob("arms/*"))
+    assert not list(out.glob("small-*"))
+    assert not list(out.glob(".*"))
 
 
 def test_folder_that_is_no_checkpoint_is_refused(two_steps, tmp_path, capsys):

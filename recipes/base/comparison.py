@@ -1,5 +1,6 @@
 """The arms of a comparison: text, small model, and one training per arm, each kept once it is done."""
 
+import copy
 import dataclasses
 import os
 import platform
@@ -242,17 +243,13 @@ def run_arm(prepared: Prepared, name: str) -> dict[str, Any]:
 
 
 def _student(prepared: Prepared, arm: Arm) -> PreTrainedModel:
+    config = copy.deepcopy(prepared.plan.config)  # the Trainer writes into its model's config
+    seed = prepared.setting.seed
     if arm.weights:
-        grown = growlib.expand(
-            prepared.small,
-            prepared.plan.config,
-            prepared.setting.method,
-            seed=prepared.setting.seed,
-            exact=False,
-        )
+        grown = growlib.expand(prepared.small, config, prepared.setting.method, seed=seed, exact=False)
         return grown.train()
-    set_seed(prepared.setting.seed)
-    return prepared.model_class._from_config(prepared.plan.config).train()
+    set_seed(seed)
+    return prepared.model_class._from_config(config).train()
 
 
 class _Cost:

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 
 def forward_flops(model: PreTrainedModel, length: int) -> int:
-    """FLOPs of one forward pass over one sequence, measured on a copy without values.
+    """FLOPs of one forward pass over one sequence, measured on a copy that is not initialised.
 
     The copy runs eager attention, whose products the counter sees on every device.
     """
-    with torch.device("meta"):
+    with no_init_weights():
         copy = type(model)._from_config(model.config, attn_implementation="eager")
-    copy = copy.to_empty(device="cpu").eval()
+    copy.eval()
     ids = torch.zeros(1, length, dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         copy(input_ids=ids)
