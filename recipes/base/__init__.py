@@ -1,0 +1,1 @@
+"""What the recipes share: settings, text, training one model, counting FLOPs, reporting."""

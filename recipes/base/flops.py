@@ -1,0 +1,71 @@
+"""FLOPs of a training, and the share of them that an arm saves.
+
+One forward pass is measured; the rest is arithmetic:
+
+    a training step's FLOPs = 3 x forward of the student  (forward 1, backward 2: by inputs and by weights)
+                            + 1 x forward of the teacher  (only in steps with alpha > 0)
+
+The forward includes the head and all of attention's L x L products, masked or not. Evaluations, the optimizer
+and the growth itself are left out: the same for every arm, or less than one step.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+
+def forward_flops(model: PreTrainedModel, length: int) -> int:
+    """FLOPs of one forward pass over one sequence, measured on a copy that is not initialised.
+
+    The copy runs eager attention, whose products the counter sees on every device.
+    """
+    with no_init_weights():
+        copy = type(model)._from_config(model.config, attn_implementation="eager")
+    copy.eval()
+    ids = torch.zeros(1, length, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy(input_ids=ids)
+    return counter.get_total_flops()
+
+
+def training_flops(forward: int, sequences: int) -> int:
+    """The student's part: 3 forward passes per sequence."""
+    return 3 * forward * sequences
+
+
+def flops_to_reach(curve: list[Mapping[str, Any]], loss: float) -> float | None:
+    """FLOPs at which a curve first reaches a loss, linear between two evaluations; None: it never does."""
+    before = None
+    for point in curve:
+        if point["eval_loss"] <= loss:
+            if before is None:
+                return float(point["flops"])
+            share = (before["eval_loss"] - loss) / (before["eval_loss"] - point["eval_loss"])
+            return before["flops"] + share * (point["flops"] - before["flops"])
+        before = point
+    return None
+
+
+def flops_saved(arms: Mapping[str, Any], small_flops: float = 0.0) -> dict[str, float | None]:
+    """Per arm, 1 - (FLOPs to reach scratch's final loss) / (scratch's FLOPs); None where it never does.
+
+    Args:
+        arms: results per arm, as in results.json.
+        small_flops: what training the small model cost, charged to every arm that uses it.
+    """
+    if "scratch" not in arms:
+        return dict.fromkeys(arms)
+    scratch = arms["scratch"]
+    total = scratch["flops"]["student"]
+    saved: dict[str, float | None] = {}
+    for arm, result in arms.items():
+        if arm == "scratch":
+            saved[arm] = 0.0
+            continue
+        needed = flops_to_reach(result["curve"], scratch["final_eval_loss"])
+        saved[arm] = None if needed is None else 1.0 - (needed + small_flops) / total
+    return saved

@@ -1,0 +1,165 @@
+"""One training run: a model, the blocks it sees in order, and the curve of its held-out loss."""
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from base.setting import Training
+from base.text import Ordered
+from growlib import GrowError, KIConfig, KITrainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training leaves: the held-out loss at its steps, and the time it took (evaluations included)."""
+
+    curve: list[tuple[int, float]]  # (step, held-out loss)
+    seconds: float
+
+
+class CurveCallback(TrainerCallback):
+    """Evaluates at evenly spaced steps, the last included; keeps the losses; shows the progress."""
+
+    def __init__(self, name: str, steps: int, evaluations: int) -> None:
+        self.points = {round(i * steps / evaluations) for i in range(1, evaluations + 1)}
+        self.curve: list[tuple[int, float]] = []
+        # Into a file or a CI log, only few lines.
+        self.bar = tqdm(
+            total=steps,
+            desc=f"{name:<10}",
+            unit="step",
+            disable=not PartialState().is_main_process,
+            mininterval=0.2 if sys.stderr.isatty() else 30.0,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_evaluate = state.global_step in self.points
+        self.bar.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
+        loss = of_trainer["metrics"]["eval_loss"]
+        self.curve.append((state.global_step, loss))
+        self.bar.set_postfix_str(f"held-out loss {loss:.3f}", refresh=False)
+
+
+def train(
+    name: str,
+    model: PreTrainedModel,
+    train_blocks: Ordered,
+    held_out_blocks: Ordered,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Training,
+    *,
+    learning_rate: float,
+    seed: int,
+    ki: KIConfig | None = None,
+) -> Run:
+    """Train a model in place for as many steps as its blocks last, in the blocks' own order.
+
+    Args:
+        ki: the teacher's part; None is the stock HF Trainer.
+    """
+    steps = len(train_blocks) // training.batch_size
+    curve = CurveCallback(name, steps, training.evaluations)
+    with tempfile.TemporaryDirectory() as unused:  # the Trainer asks for a folder, and nothing is written there
+        arguments = _arguments(training, steps, learning_rate, seed, unused)
+        trainer = _trainer(model, arguments, train_blocks, held_out_blocks, tokenizer, ki)
+        trainer.add_callback(curve)
+        start = time.perf_counter()
+        try:
+            trainer.train()
+        finally:
+            curve.bar.close()
+    return Run(curve.curve, time.perf_counter() - start)
+
+
+def evaluate(
+    model: PreTrainedModel, held_out_blocks: Ordered, tokenizer: PreTrainedTokenizerBase, training: Training
+) -> float:
+    """The held-out loss of a model as it is."""
+    with tempfile.TemporaryDirectory() as unused:
+        trainer = _trainer(model, _arguments(training, 1, 0.0, 0, unused), None, held_out_blocks, tokenizer, None)
+        return trainer.evaluate()["eval_loss"]
+
+
+def _trainer(
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    train_blocks: Ordered | None,
+    held_out_blocks: Ordered,
+    tokenizer: PreTrainedTokenizerBase,
+    ki: KIConfig | None,
+) -> Trainer:
+    trainer = KITrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_blocks,
+        eval_dataset=held_out_blocks,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        ki=ki,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(training: Training, steps: int, learning_rate: float, seed: int, folder: str) -> TrainingArguments:
+    devices = PartialState().num_processes
+    at_once = min(training.device_batch_size, training.batch_size // devices)
+    if at_once == 0 or training.batch_size % (devices * at_once):
+        raise GrowError(
+            f"{training.batch_size} sequences per step on {devices} processes, {at_once} at once",
+            "they do not divide evenly",
+            "a number of processes, and a device_batch_size, that divide batch_size",
+        )
+    if training.precision not in {"float32", "bf16"}:
+        raise GrowError(f"precision {training.precision!r}", "there is no such choice", "float32 or bf16")
+    if training.precision == "bf16" and not torch.cuda.is_available():
+        raise GrowError("precision bf16", "there is no CUDA device", "a GPU, or a preset in float32 such as demo")
+    if devices == 1 and torch.cuda.device_count() > 1:  # the Trainer would split each batch over them by itself
+        raise GrowError(
+            f"one process with {torch.cuda.device_count()} GPUs",
+            "each of them needs a process of its own",
+            "torchrun --nproc-per-node, or CUDA_VISIBLE_DEVICES=0",
+        )
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=at_once,
+        per_device_eval_batch_size=4 * at_once,
+        gradient_accumulation_steps=training.batch_size // (devices * at_once),
+        learning_rate=learning_rate,
+        lr_scheduler_type=training.schedule,
+        lr_scheduler_kwargs=dict(training.schedule_options),
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        adam_beta2=training.adam_beta2,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.precision == "bf16",
+        tf32=training.precision == "bf16" or None,
+        torch_compile=training.compile,
+        seed=seed,
+        train_sampling_strategy="sequential",
+        eval_on_start=True,
+        prediction_loss_only=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,309 @@
+"""The main job, end to end on the miniature preset, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import ki_plus_growth as recipe
+import sweep
+from base.comparison import ARMS
+from base.flops import flops_saved, flops_to_reach, forward_flops
+from base.models import MODELS
+from base.setting import load_preset, presets
+from base.text import Ordered, read_files
+from growlib import GrowError
+
+TWO_STEPS = 'extends = "miniature"\n[small]\nsteps = 2\n[training]\nsteps = 2\nwarmup_steps = 1\nevaluations = 2\n'
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which all four arms of the miniature preset are finished."""
+    folder = tmp_path_factory.mktemp("miniature")
+    assert recipe.main(["--preset", "miniature", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def two_steps(tmp_path):
+    """A preset of two steps."""
+    path = tmp_path / "two-steps.toml"
+    path.write_text(TWO_STEPS)
+    return str(path)
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """Every file with the time of its last change."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_results_json_follows_the_schema(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert list(results) == ["setting", "arms", "flops_saved"]
+    assert list(results["arms"]) == list(results["flops_saved"]) == list(ARMS)
+    for name, arm in results["arms"].items():
+        assert list(arm) == ["curve", "final_eval_loss", "flops", "seconds"]
+        assert list(arm["flops"]) == ["student", "teacher"]
+        assert all(list(point) == ["step", "tokens", "flops", "eval_loss"] for point in arm["curve"])
+        assert (arm["flops"]["teacher"] > 0) == ARMS[name].knowledge
+        assert arm["seconds"] > 0
+
+
+def test_results_json_is_consistent(finished):
+    results = json.loads((finished / "results.json").read_text())
+    setting, arms = results["setting"], results["arms"]
+    steps, per_step = setting["training"]["steps"], setting["tokens_per_step"]
+    for arm in arms.values():
+        assert [point["step"] for point in arm["curve"]] == [0, 3, 6, 9, 12]
+        assert all(point["tokens"] == point["step"] * per_step for point in arm["curve"])
+        assert arm["curve"][-1]["step"] == steps
+        assert arm["curve"][-1]["eval_loss"] == arm["final_eval_loss"]
+        assert arm["curve"][-1]["flops"] == sum(arm["flops"].values())
+        assert arm["flops"]["student"] == arms["scratch"]["flops"]["student"]
+    # alpha is above 0 for progress 0, 1/12, 2/12, 3/12: four of twelve steps, one forward pass each
+    forward = setting["small_model"]["flops"] / (3 * setting["small"]["steps"])
+    assert arms["knowledge"]["flops"]["teacher"] == pytest.approx(4 * forward)
+    assert results["flops_saved"] == flops_saved(arms)
+    # every grown arm starts better than the random one, which starts like the taught random one
+    start = {name: arm["curve"][0]["eval_loss"] for name, arm in arms.items()}
+    assert start["weights"] == start["both"] < start["scratch"] == start["knowledge"]
+
+
+def test_report_and_curves(finished):
+    report = (finished / "report.md").read_text()
+    assert all(f"| {arm} |" in report for arm in ARMS)
+    assert "FLOPs saved" in report
+    assert "stacking" in report
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_second_run_uses_everything(finished, capsys):
+    before = files_of(finished)
+    assert recipe.main(["--preset", "miniature", "--out", str(finished)]) == 0
+    after = files_of(finished)
+    changed = {name for name in after if before.get(name) != after[name]}
+    assert changed == {"results.json", "curves.png", "report.md"}
+    assert "scratch, weights, knowledge, both" in capsys.readouterr().out
+
+
+def test_another_setting_is_trained_again_and_not_mixed(finished, tmp_path, capsys):
+    common = ["--preset", "miniature", "--arms", "weights", "--out", str(finished)]
+    assert recipe.main([*common, "--method", "lossless"]) == 0
+    assert "was of other settings" in capsys.readouterr().out
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results["arms"]) == set(ARMS) - {"both"}  # both depends on the method too
+    assert results["setting"]["growth"] == "exact"
+    # exact growth starts at the small model's loss
+    small_loss = results["setting"]["small_model"]["eval_loss"]
+    assert results["arms"]["weights"]["curve"][0]["eval_loss"] == pytest.approx(small_loss, abs=1e-4)
+    assert recipe.main(["--preset", "miniature", "--arms", "weights", "--out", str(finished)]) == 0
+    assert list(json.loads((finished / "results.json").read_text())["arms"]) == list(ARMS)
+
+
+def test_interrupted_run_goes_on(two_steps, tmp_path, monkeypatch, capsys):
+    import base.comparison
+
+    arguments = ["--preset", two_steps, "--out", str(tmp_path / "out")]
+    train, trained = base.comparison.train, []
+
+    def stop_at_knowledge(name, *rest, **named):
+        if name == "knowledge" and "knowledge" not in trained:
+            trained.append(name)
+            raise KeyboardInterrupt
+        trained.append(name)
+        return train(name, *rest, **named)
+
+    monkeypatch.setattr(base.comparison, "train", stop_at_knowledge)
+    assert recipe.main(arguments) == recipe.STOPPED
+    assert "same command" in capsys.readouterr().err
+    assert recipe.main(arguments) == 0
+    assert trained == ["small", "scratch", "weights", "knowledge", "knowledge", "both"]
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
+@pytest.mark.parametrize("model", ["gpt2", "bert"])
+def test_other_architectures(model, two_steps, tmp_path):
+    assert set(MODELS) == {"llama", "gpt2", "bert"}
+    out = tmp_path / "out"
+    assert recipe.main(["--preset", two_steps, "--model", model, "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["arms"]) == list(ARMS)
+    assert results["setting"]["target_config"]["model_type"] == model
+
+
+def test_given_small_model_with_named_target(finished, two_steps, tmp_path):
+    small = next(finished.glob("small-*"))
+    before = files_of(small)
+    common = ["--preset", two_steps, "--small", str(small), "--arms", "scratch,weights"]
+    out = tmp_path / "out"
+    target = "hidden_size=24,num_attention_heads=3,num_key_value_heads=3,num_hidden_layers=2"
+    assert recipe.main([*common, "--target", target, "--method", "lossless", "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["setting"]["target_config"]["hidden_size"] == 24
+    assert results["setting"]["small_model"]["flops"] is None
+    assert "unknown" in (out / "report.md").read_text()
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(results["setting"]["target_config"]))
+    again = tmp_path / "again"
+    assert recipe.main([*common, "--target", str(config), "--method", "lossless", "--out", str(again)]) == 0
+    assert json.loads((again / "results.json").read_text())["flops_saved"] == results["flops_saved"]
+    assert files_of(small) == before
+    assert AutoModelForCausalLM.from_pretrained(small).config.hidden_size == 16
+
+
+def test_little_text_is_repeated_and_the_teacher_sees_other_text(tmp_path):
+    preset = tmp_path / "little.toml"
+    preset.write_text(TWO_STEPS.replace("[small]", '[small]\ntext = "other"'))
+    out = tmp_path / "out"
+    arguments = ["--preset", str(preset), "--arms", "scratch", "--train-tokens", "320", "--out", str(out)]
+    assert recipe.main(arguments) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["setting"]["text_used"]["distinct_training_tokens"] == 320
+
+
+def test_sweep_writes_its_table(two_steps, tmp_path, capsys):
+    arguments = ["--preset", two_steps, "--arms", "scratch,weights", "--learning-rates", "1e-3,1e-2"]
+    sweep.sweep(sweep.parse([*arguments, "--out", str(tmp_path / "out")]))
+    lines = (tmp_path / "out" / "sweep.md").read_text().splitlines()
+    assert len(lines) == 2 + 4
+    assert sum("**" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_loads(name):
+    setting = load_preset(name)
+    assert set(setting.learning_rate) == set(ARMS)
+    assert setting.training.batch_size % setting.training.device_batch_size == 0
+    assert setting.text.held_out_tokens >= setting.text.sequence_length
+    for sizes in (setting.initial, setting.target):
+        assert sizes.hidden % sizes.heads == 0
+        assert sizes.heads % sizes.kv_heads == 0
+
+
+def test_there_are_presets():
+    assert set(presets()) == {"demo", "demo-little-data", "gpu", "miniature"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--text", "no/such/folder"], "no such file or folder"),
+        (["--arms", "scratch,wieghts"], "no arm 'wieghts'"),
+        (["--preset", "nano"], "no such preset"),
+        (["--method", "bert2bert"], "no method"),
+        (["--model", "rwkv"], "no such architecture"),
+        (["--target", "hidden_size=8"], "shrink"),
+        (["--target", "hidden_sise=64"], "hidden_sise"),
+        (["--target", "hidden_size="], "KEY=VALUE"),
+        (["--small", "no/such/folder"], "no/such/folder"),
+        (["--train-tokens", "-1"], "training part"),
+        (["--train-tokens", "999999999"], "training part"),
+        (["--learning-rate", "0"], "not positive"),
+        (["--seed", "-1"], "negative"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(arguments, says, two_steps, tmp_path, capsys):
+    out = tmp_path / "out"
+    preset = [] if "--preset" in arguments else ["--preset", two_steps]
+    assert recipe.main([*preset, *arguments, "--out", str(out)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ")
+    assert says in said
+    assert "Valid: " in said
+    assert not list(out.glob("arms/*"))
+    assert not list(out.glob("small-*"))
+    assert not list(out.glob(".*"))
+
+
+def test_folder_that_is_no_checkpoint_is_refused(two_steps, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    out = str(tmp_path / "out")
+    assert recipe.main(["--preset", two_steps, "--small", str(tmp_path / "empty"), "--out", out]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_too_little_text_is_refused(two_steps, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("a few words\n")
+    assert recipe.main(["--preset", two_steps, "--text", str(text), "--out", str(tmp_path / "out")]) == 2
+    assert "too little text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("toml", "says"),
+    [
+        ('extends = "miniature"\n[training]\nstepps = 2\n', "unknown: stepps"),
+        ('model = "llama"\n', "missing"),
+        ('extends = "miniature"\nseed = "zero"\n', "'zero'"),
+        ("steps = \n", "not TOML"),
+    ],
+)
+def test_bad_presets_are_refused(toml, says, tmp_path):
+    (tmp_path / "bad.toml").write_text(toml)
+    with pytest.raises(GrowError, match=says):
+        load_preset(str(tmp_path / "bad.toml"))
+
+
+def test_text_is_read_in_the_same_order_wherever_it_lies(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place / "sub").mkdir(parents=True)
+        for name in ("b.txt", "a.txt", "sub/c.txt"):
+            (tmp_path / place / name).write_text(f"content of {name}")
+        (tmp_path / place / "copy.txt").write_text("content of a.txt")
+        (tmp_path / place / "binary.dat").write_bytes(b"\xff\xfe\x00")
+    texts = read_files(str(tmp_path / "here"))
+    assert texts == read_files(str(tmp_path / "there"))
+    assert sorted(texts) == [f"content of {name}" for name in ("a.txt", "b.txt", "sub/c.txt")]
+
+
+def test_every_block_is_seen_once_before_any_is_seen_again():
+    blocks = torch.arange(10).reshape(5, 2).numpy()
+    ordered = Ordered(blocks, 12, 0, None)
+    assert sorted(ordered.order[:5]) == sorted(ordered.order[5:10]) == [0, 1, 2, 3, 4]
+    assert len(ordered) == 12
+    assert list(Ordered(blocks, 12, 0, None).order) == list(ordered.order)
+
+
+def test_masked_blocks_count_the_masked_positions_only():
+    blocks = torch.arange(5, 105).reshape(1, 100).numpy()
+    row = Ordered(blocks, 1, 0, 1)[0]
+    masked = row["labels"] != -100
+    assert 5 <= int(masked.sum()) <= 30
+    assert bool((row["input_ids"][masked] == 1).all())
+    assert torch.equal(torch.where(masked, row["labels"], row["input_ids"]), torch.arange(5, 105))
+
+
+def test_forward_flops_against_arithmetic():
+    config = LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        vocab_size=100,
+    )
+    length = 16
+    linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 100  # q, o; k, v; the FFN; the head
+    attention = 2 * 2 * length * length * 32  # two products in each of two layers
+    rotary = length * 4  # positions times head_dim / 2 frequencies
+    expected = 2 * (linear * length + attention)
+    assert forward_flops(LlamaForCausalLM(config), length) in {expected, expected + 2 * rotary}
+
+
+def test_savings_are_interpolated_and_null_where_never_reached():
+    def arm(losses, teacher=0):
+        curve = [{"flops": 100 * i, "eval_loss": loss} for i, loss in enumerate(losses)]
+        return {
+            "curve": curve,
+            "final_eval_loss": losses[-1],
+            "flops": {"student": 100 * (len(losses) - 1) - teacher, "teacher": teacher},
+        }
+
+    arms = {"scratch": arm([5, 4, 3]), "weights": arm([4, 2, 2]), "knowledge": arm([5, 4, 3.5])}
+    assert flops_to_reach(arms["weights"]["curve"], 3) == 50
+    assert flops_saved(arms) == {"scratch": 0.0, "weights": 0.75, "knowledge": None}
+    assert flops_saved(arms, small_flops=20)["weights"] == pytest.approx(0.65)
+    assert flops_saved({"weights": arms["weights"]}) == {"weights": None}
