@@ -107,12 +107,12 @@ def test_a_tensor_that_no_table_knows():
     model.model.layers[0].mlp.extra = torch.nn.Linear(3, 3)
     with pytest.raises(GrowError, match=r"no place for .*extra"):
         growlib.plan(model, {"hidden_size": 96})
-    with pytest.raises(GrowError, match="does not know the tensors .*crossattention"):
+    with pytest.raises(GrowError, match=r"does not know the tensors .*crossattention"):
         growlib.plan(tiny("gpt2", add_cross_attention=True), {"n_embd": 96})
 
 
 def test_a_model_type_without_a_table():
-    with pytest.raises(GrowError, match="no family table.*llama"):
+    with pytest.raises(GrowError, match=r"no family table.*llama"):
         growlib.plan(T.XLNetLMHeadModel(T.XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=2)), {"d_model": 16})
 
 
