@@ -5,5 +5,8 @@ class GrowError(ValueError):
     """A request that growlib refuses: what was asked, what is wrong, and what would be valid."""
 
     def __init__(self, asked: str, wrong: str, valid: str) -> None:
+        super().__init__(asked, wrong, valid)  # all three, so that the error survives pickling between processes
         self.asked, self.wrong, self.valid = asked, wrong, valid
-        super().__init__(f"{asked}: {wrong}. Valid: {valid}.")
+
+    def __str__(self) -> str:
+        return f"{self.asked}: {self.wrong}. Valid: {self.valid}."

@@ -35,7 +35,7 @@ def expand(
     *,
     seed: int = 0,
     exact: bool | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> PreTrainedModel:
     """Grow a checkpoint into a larger model of the same class.
 
@@ -48,7 +48,7 @@ def expand(
         seed: decides every free value, bit for bit.
         exact: True refuses a growth that does not preserve the function. None (the default) builds the closest
             growth and logs the reasons; False builds it and logs nothing.
-        dtype: of the result; the source's by default. The arithmetic is float32 or wider.
+        dtype: of the result, such as torch.bfloat16 or "bfloat16"; the source's by default. The arithmetic is float32 or wider.
 
     Returns:
         A model of the source's class, in eval mode, on the source's device.
@@ -56,6 +56,9 @@ def expand(
     Raises:
         GrowError: what was asked, what is wrong, and what would be valid.
     """
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise GrowError(f"a result of dtype {dtype!r}", "it is no floating-point dtype", "such as torch.bfloat16")
     model = checkpoint.load(small_ckpt)
     growth = _plan(model, target_config, method, seed)
     if growth.reasons and exact:
@@ -63,9 +66,9 @@ def expand(
         raise GrowError(asked, "; ".join(growth.reasons), "another target, or exact=None for the closest growth")
     if growth.reasons and exact is None:
         logger.warning("this growth does not preserve the function: %s", "; ".join(growth.reasons))
-    grown = checkpoint.empty_model(model, growth.config, dtype or model.dtype)
+    grown = checkpoint.empty_model(model, growth.config, wanted or model.dtype)
     parameters = dict(grown.named_parameters()) | dict(grown.named_buffers())
     with torch.no_grad():
         for name, tensor in apply(growth, model.state_dict()):
-            parameters[name].data = tensor.to(dtype or tensor.dtype)
+            parameters[name].data = tensor.to(wanted or tensor.dtype)
     return grown

@@ -29,6 +29,8 @@ def resolve(source: PreTrainedConfig, target: Target, family: Family) -> PreTrai
         config = copy.deepcopy(target)
     elif isinstance(target, Mapping):
         config = _override(asked, source, target, family)
+    elif not isinstance(target, str | Path):
+        raise GrowError(asked, f"it is a {type(target).__name__}", "a config, a folder, or a dict of overrides")
     else:
         try:
             config = AutoConfig.from_pretrained(target, trust_remote_code=False)

@@ -1,6 +1,7 @@
 """A request that makes no sense is refused in words, before anything runs, and nothing is left behind."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -206,3 +207,21 @@ def test_verify_sees_a_nan():
     with torch.no_grad():
         big.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     assert not growlib.verify(small, big).exact
+
+
+@pytest.mark.parametrize("target", [7, None, [("hidden_size", 96)]])
+def test_targets_that_are_none(target):
+    with pytest.raises(GrowError, match="a config, a folder, or a dict"):
+        growlib.plan(tiny("llama"), target)
+
+
+@pytest.mark.parametrize("dtype", ["wide", "int8", torch.int64, 16])
+def test_dtypes_that_are_none(dtype):
+    with pytest.raises(GrowError, match="no floating-point dtype"):
+        growlib.expand(tiny("llama"), {"hidden_size": 96}, dtype=dtype)
+
+
+def test_the_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(GrowError("asked", "wrong", "valid")))
+    assert str(error) == "asked: wrong. Valid: valid."
+    assert (error.asked, error.wrong, error.valid) == ("asked", "wrong", "valid")

@@ -253,9 +253,9 @@ def test_half_precision_stays_in_its_dtype(family, dtype):
     assert growlib.verify(small, big).exact
 
 
-def test_the_dtype_of_the_result_can_be_chosen():
-    small = tiny("llama")
-    assert growlib.expand(small, {"hidden_size": 96}, dtype=torch.bfloat16).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_the_dtype_of_the_result_can_be_chosen(dtype):
+    assert growlib.expand(tiny("llama"), {"hidden_size": 96}, dtype=dtype).dtype == torch.bfloat16
 
 
 def test_growing_twice_is_exact():
