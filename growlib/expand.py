@@ -48,7 +48,8 @@ def expand(
         seed: decides every free value, bit for bit.
         exact: True refuses a growth that does not preserve the function. None (the default) builds the closest
             growth and logs the reasons; False builds it and logs nothing.
-        dtype: of the result, such as torch.bfloat16 or "bfloat16"; the source's by default. The arithmetic is float32 or wider.
+        dtype: of the result, such as torch.bfloat16 or "bfloat16"; the source's by default. The arithmetic is
+            float32 or wider.
 
     Returns:
         A model of the source's class, in eval mode, on the source's device.
