@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from accelerate import PartialState
 
@@ -159,6 +160,7 @@ def guarded(work: Callable[[], None]) -> int:
     """Do the work; the exit code. What the user can mend is said in one line."""
     logging.getLogger("growlib").setLevel(logging.ERROR)  # an inexact growth stands in the report
     transformers.utils.logging.disable_progress_bar()  # of loading and saving; the long parts have their own
+    PartialState(cpu=not torch.accelerator.is_available())  # the processes that torchrun or accelerate started
     try:
         work()
     except GrowError as error:

@@ -1,6 +1,8 @@
 """The main job, end to end on the miniature preset, and what it refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,21 @@ def test_another_setting_is_trained_again_and_not_mixed(finished, tmp_path, caps
     assert results["arms"]["weights"]["curve"][0]["eval_loss"] == pytest.approx(small_loss, abs=1e-4)
     assert recipe.main(["--preset", "miniature", "--arms", "weights", "--out", str(finished)]) == 0
     assert list(json.loads((finished / "results.json").read_text())["arms"]) == list(ARMS)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(two_steps, tmp_path):
+    arms = []
+    for processes in (1, 2):
+        out = tmp_path / f"out-{processes}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command += [str(processes), recipe.__file__, "--preset", two_steps, "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Written:") == 1
+        arms.append(json.loads((out / "results.json").read_text())["arms"])
+    for name in ARMS:
+        assert arms[0][name]["final_eval_loss"] == pytest.approx(arms[1][name]["final_eval_loss"], abs=1e-4)
 
 
 def test_interrupted_run_goes_on(two_steps, tmp_path, monkeypatch, capsys):

@@ -70,6 +70,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         fill(temporary)
         temporary.chmod(0o755)
-        temporary.rename(path)
+        if not path.exists():  # or else another process has written the same meanwhile
+            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
