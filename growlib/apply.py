@@ -35,16 +35,27 @@ def grow_tensor(entry: "Entry", source: Tensor, plan: "GrowthPlan") -> Tensor:
     deviation = work.std(correction=0)
     if work.ndim > 1 and deviation == 0:
         deviation = deviation + plan.initializer_range  # an all-zero matrix still needs free values that differ
-    if entry.constant is not None:
-        work = torch.full_like(work, entry.constant)
-    draw = _Draw(plan.seed, entry.name, deviation)
-    for index, dim in enumerate(entry.layout):
+    offset = entry.layout[0].offset
+    work = torch.full_like(work, entry.constant) if entry.constant is not None else work + offset
+    grown = _grow(work, entry.layout, plan, _Draw(plan.seed, entry.name, deviation))
+    return (grown * entry.factor - offset).to(source.dtype)
+
+
+def _grow(work: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: "_Draw") -> Tensor:
+    """Grow the parts of concatenated dimensions one by one."""
+    for index, dim in enumerate(layout):
         if len(dim.parts) > 1:
-            parts = work.split(plan.part_sizes(dim), dim=index)
-            layouts = [_with_dim(entry.layout, index, part) for part in dim.parts]
-            grown = [_grow_part(p, lay, plan, draw) for p, lay in zip(parts, layouts, strict=True)]
-            return (torch.cat(grown, dim=index) * entry.factor).to(source.dtype)
-    return (_grow_part(work, entry.layout, plan, draw) * entry.factor).to(source.dtype)
+            old_groups, new_groups = (sizes[dim.by] if dim.by else 1 for sizes in (plan.old_sizes, plan.new_sizes))
+            # [.., groups * rows, ..] -> parts of [.., groups * rows of the part, ..]
+            split = work.unflatten(index, (old_groups, -1))
+            parts = split.split([size // old_groups for size in plan.part_sizes(dim)], dim=index + 1)
+            layouts = [(*layout[:index], Dim((part,), dim.side), *layout[index + 1 :]) for part in dim.parts]
+            grown = [
+                _grow(part.flatten(index, index + 1), part_layout, plan, draw).unflatten(index, (new_groups, -1))
+                for part, part_layout in zip(parts, layouts, strict=True)
+            ]
+            return torch.cat(grown, dim=index + 1).flatten(index, index + 1)
+    return _grow_part(work, layout, plan, draw)
 
 
 class _Draw:
@@ -58,10 +69,6 @@ class _Draw:
     def normal(self, like: Tensor) -> Tensor:
         noise = torch.randn(like.shape, generator=self._generator, dtype=torch.float32)
         return noise.to(like) * self.deviation
-
-
-def _with_dim(layout: tuple[Dim, ...], index: int, part: tuple[str, ...]) -> tuple[Dim, ...]:
-    return (*layout[:index], Dim((part,), layout[index].side), *layout[index + 1 :])
 
 
 def _grow_part(part: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: _Draw) -> Tensor:

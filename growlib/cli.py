@@ -127,7 +127,7 @@ def _families(options: argparse.Namespace) -> int:
     rows = [("family", "axes that grow")]
     for name in families():
         axes = [axis for axis, facts in family(name).axes.items() if facts.meets]
-        rows.append((name, ", ".join([*axes, "layers"])))
+        rows.append((name, ", ".join([*axes, *dict.fromkeys(stack.layers for stack in family(name).stacks)])))
     print(_table(rows))
     return 0
 

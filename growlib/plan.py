@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from growlib.axes import AxisMap, LayerMap
 from growlib.errors import GrowError
-from growlib.families.schema import Dim, Family, Layout
+from growlib.families.schema import Dim, Family, Layout, Stack
 from growlib.methods import Method
 
 Shape = tuple[int, ...]
@@ -63,7 +63,7 @@ class GrowthPlan:
     old_sizes: Mapping[str, int]
     new_sizes: Mapping[str, int]
     maps: Mapping[str, AxisMap]
-    layers: LayerMap
+    layers: Mapping[str, LayerMap]  # by the config field that says how many
     entries: tuple[Entry, ...]
     reasons: tuple[str, ...]
     initializer_range: float  # the deviation of free values where the source's tensor is all zero
@@ -85,7 +85,7 @@ class GrowthPlan:
             "reasons": list(self.reasons),
             "config": self.config.to_dict(),
             "axes": {name: axis_map.to_dict() for name, axis_map in self.maps.items()},
-            "layers": dataclasses.asdict(self.layers),
+            "layers": {name: dataclasses.asdict(layer_map) for name, layer_map in self.layers.items()},
             "tensors": [{k: v for k, v in vars(entry).items() if k != "layout"} for entry in self.entries],
         }
 
@@ -98,26 +98,25 @@ class GrowthPlan:
 def make_plan(family: Family, method: Method, seed: int, source: Skeleton, target: Skeleton) -> GrowthPlan:
     """Decide a growth. Raises GrowError where the request has no meaning; what is only inexact becomes a reason."""
     asked = f"growing {family.model_type} with method {method.name!r}"
-    old, new = ({"layers": getattr(s.config, family.layers), **family.sizes(s.config)} for s in (source, target))
-    field = {"layers": family.layers, **{name: axis.size for name, axis in family.axes.items()}}
+    depths = family.layer_counts(source.config)
+    old, new = ({**family.layer_counts(s.config), **family.sizes(s.config)} for s in (source, target))
+    field = {name: axis.size for name, axis in family.axes.items()} | {name: name for name in depths}
     shrinks = dict.fromkeys(f"{field[name]} {old[name]} -> {new[name]}" for name in old if new[name] < old[name])
     if shrinks:
         raise GrowError(asked, f"sizes would shrink: {', '.join(shrinks)}", "sizes at least the source's")
     grows = {name for name in old if new[name] != old[name]}
-    if method.width is None and grows - {"layers"}:
-        wrong = f"{method.name} grows depth only, and {', '.join(sorted(grows - {'layers'}))} would grow"
+    if method.width is None and grows - depths.keys():
+        wrong = f"{method.name} grows depth only, and {', '.join(sorted(grows - depths.keys()))} would grow"
         raise GrowError(asked, wrong, f"method 'lossless+{method.name}'")
-    if method.depth is None and "layers" in grows:
+    if method.depth is None and grows & depths.keys():
         raise GrowError(asked, f"{method.name} does not grow depth", f"method '{method.name}+lossless'")
     maps = _maps(family, method, old, new, source.config)
-    layers = LayerMap(old["layers"], tuple(range(old["layers"])), (False,) * old["layers"])
-    if method.depth:
-        layers = method.depth(old["layers"], new["layers"])
+    layers = {name: layer_map(method, old[name], new[name]) for name in depths}
     entries = tuple(_entries(asked, family, old, maps, layers, source, target))
     _check_shapes(asked, entries, old, new)
     _check_all_used(asked, family, layers, entries, source)
     reasons = [axis_map.inexact for axis_map in maps.values() if axis_map.inexact]
-    reasons += [layers.inexact] if layers.inexact else []
+    reasons += [stack.inexact for stack in layers.values() if stack.inexact]
     reasons += [
         f"{c.field}={c.value(target.config)!r}: {c.why}"
         for c in family.conditions
@@ -139,6 +138,11 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
     )
 
 
+def layer_map(method: Method, old: int, new: int) -> LayerMap:
+    """The method's map of one stack; a method without depth leaves it as it is."""
+    return method.depth(old, new) if method.depth else LayerMap(old, tuple(range(old)), (False,) * old)
+
+
 def _maps(
     family: Family, method: Method, old: Mapping[str, int], new: Mapping[str, int], config: PreTrainedConfig
 ) -> dict[str, AxisMap]:
@@ -148,7 +152,7 @@ def _maps(
     for name, axis in family.axes.items():
         if axis.meets:
             maps[name] = method.width(name, axis, old, new)
-            if axis.scaled_by and not getattr(config, axis.scaled_by):
+            if axis.scaled_by == "never" or (axis.scaled_by and not getattr(config, axis.scaled_by)):
                 maps[name] = dataclasses.replace(maps[name], write=1.0)
     return maps
 
@@ -158,7 +162,7 @@ def _entries(
     family: Family,
     old: Mapping[str, int],
     maps: Mapping[str, AxisMap],
-    layers: LayerMap,
+    layers: Mapping[str, LayerMap],
     source: Skeleton,
     target: Skeleton,
 ) -> Iterator[Entry]:
@@ -171,11 +175,11 @@ def _entries(
         )
     tied = any(alias in target.aliases for alias in family.ties)
     for name, new_shape in target.shapes.items():
-        row, layer = family.template(target.base(name))
+        row, stack, layer = family.template(target.base(name))
         layout, constant, origin = family.tensors[row], None, row
-        if layer is not None:
-            origin = row.replace("*", str(layers.source[layer]), 1)
-            constant = _identity_constant(family, row, layer, layers)
+        if stack:
+            origin = row.replace("*", str(layers[stack.layers].source[layer]), 1)
+            constant = _identity_constant(stack, row, layer, layers[stack.layers])
         found = source.find(origin) or source.find(family.ties.get(origin, origin))
         if found is None and not row.endswith(".bias"):
             raise GrowError(asked, f"the source has no tensor for {name}", "a class with the source's tensors")
@@ -186,17 +190,18 @@ def _entries(
         yield Entry(name, found, layout, old_shape, new_shape, constant, factor)
 
 
-def _identity_constant(family: Family, row: str, layer: int, layers: LayerMap) -> float | None:
+def _identity_constant(stack: Stack, row: str, layer: int, layers: LayerMap) -> float | None:
     """What makes a new block the identity: zero writers; in a post-norm block, also norms of (1, 0).
 
     The last of the blocks that stand in for a source layer keeps that layer's last norm (design: post-norm depth).
     """
-    part, _, kind = row.removeprefix(family.block).rpartition(".")
+    name = row.removeprefix(stack.block)
+    part, _, kind = name.rpartition(".")
     identity = layers.identity[layer]
     followed = layer + 1 < len(layers.identity) and layers.identity[layer + 1]
-    if identity and part in family.block_writers:
+    if identity and (part in stack.writers or name in stack.writers):
         return 0.0
-    if (identity and part == family.block_first_norm) or (followed and part == family.block_last_norm):
+    if (identity and part in stack.inner_norms) or (followed and part == stack.last_norm):
         return 1.0 if kind == "weight" else 0.0
     return None
 
@@ -217,13 +222,14 @@ def _check_shapes(asked: str, entries: tuple[Entry, ...], old: Mapping[str, int]
                 raise GrowError(asked, f"{entry.name} has the shape {shape}", f"{right}, by config and family table")
 
 
-def _check_all_used(asked: str, family: Family, layers: LayerMap, entries: tuple[Entry, ...], source: Skeleton) -> None:
-    used = {entry.source for entry in entries}
-    lost = [
-        name
-        for name in source.shapes
-        if name not in used and family.template(source.base(name))[1] in {None, *layers.source}
-    ]
+def _check_all_used(
+    asked: str, family: Family, layers: Mapping[str, LayerMap], entries: tuple[Entry, ...], source: Skeleton
+) -> None:
+    used, lost = {entry.source for entry in entries}, []
+    for name in source.shapes:
+        _, stack, layer = family.template(source.base(name))
+        if name not in used and (stack is None or layer in layers[stack.layers].source):
+            lost.append(name)
     if lost:
         raise GrowError(
             asked,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from growlib.axes import AxisMap
+from growlib.axes import AxisMap, LayerMap
 from growlib.families.schema import Side
 
 if TYPE_CHECKING:
@@ -77,12 +77,12 @@ def plan_table(plan: "GrowthPlan") -> str:
         f"  {name:<{width}}  {shape:<{shapes}}  {drawn}" + (f"  layers {_ranges(layers)}" if layers[0] else "")
         for (name, shape, drawn), layers in groups.items()
     ]
-    layers = [f"  layers     {' '.join(_layer_names(plan))}"]
+    layers = [f"  {name:<10} {' '.join(_layer_names(stack))}" for name, stack in plan.layers.items()]
     return "\n".join([f"{plan.method}, seed {plan.seed}: {verdict}", *sizes, *layers, "", LEGEND, *rows])
 
 
-def _layer_names(plan: "GrowthPlan") -> list[str]:
-    return [f"{s}{'*' if i else ''}" for s, i in zip(plan.layers.source, plan.layers.identity, strict=True)]
+def _layer_names(stack: LayerMap) -> list[str]:
+    return [f"{s}{'*' if i else ''}" for s, i in zip(stack.source, stack.identity, strict=True)]
 
 
 def _split_layer(name: str) -> tuple[str, str]:

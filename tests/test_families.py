@@ -43,7 +43,7 @@ def test_a_table_has_the_tensors_of_its_classes_and_no_others(model_type):
             model = skeleton(model_class(model_class.config_class(**options)))
         sizes = table.sizes(model.config)
         for name, shape in model.shapes.items():
-            row, _ = table.template(model.base(name))
+            row, _, _ = table.template(model.base(name))
             rows.add(row)
             layout = table.tensors[row]
             assert len(layout) == len(shape), name
@@ -58,10 +58,13 @@ def test_a_table_has_the_tensors_of_its_classes_and_no_others(model_type):
 def test_a_table_names_only_what_exists(model_type):
     table = family(model_type)
     modules = {row.rpartition(".")[0] for row in table.tensors}
-    assert {table.block + writer for writer in table.block_writers} <= modules
+    for stack in table.stacks:
+        assert {stack.block + name for name in (*stack.writers, *stack.inner_norms)} <= modules
     assert table.head_norm in modules
     assert set(table.ties) | set(table.ties.values()) <= set(table.tensors)
-    assert {condition.grows for condition in table.conditions} <= set(table.axes) | {"layers"}
+    assert {condition.grows for condition in table.conditions} <= set(table.axes) | {
+        stack.layers for stack in table.stacks
+    }
     used = {axis for layout in table.tensors.values() for dim in layout for part in dim.parts for axis in part}
     assert set(table.axes) <= used
 

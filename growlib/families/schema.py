@@ -19,6 +19,7 @@ MEETS = (
     "elementwise",  # an elementwise nonlinearity, or a product of two grown together
     "rms_norm",  # the residual stream of a pre-norm model
     "layer_norm",  # the same with LayerNorm
+    "unscaled",  # the same stream where no norm weight stands between: raw, or after a norm without one
     "post_layer_norm",  # the residual stream of a post-norm model
     "query_heads",
     "key_heads",  # KV heads, each shared by a group of query heads
@@ -36,7 +37,8 @@ class Axis:
     size: str
     meets: str = ""  # empty: a constant of the layout, which never grows
     groups: str = ""  # query heads: the axis of the KV heads that they share
-    scaled_by: str = ""  # query: the config flag that turns the 1/sqrt(head_dim) of the scores on; empty: always
+    scaled_by: str = ""  # query: the config flag that turns the 1/sqrt(head_dim) of the scores on; empty: always;
+    # "never" where the scores have a scale of their own
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Dim:
 
     parts: tuple[tuple[str, ...], ...]
     side: Side
+    by: str = ""  # the parts lie interleaved: first the share of this axis's first entry in each part, and so on
+    offset: float = 0.0  # scale: the weight w acts as offset + w
 
 
 Layout = tuple[Dim, ...]
@@ -73,20 +77,33 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Equal blocks, one after the other."""
+
+    layers: str  # the config field that says how many
+    block: str  # `*` stands for the layer's number
+    writers: tuple[str, ...]  # modules or parameters that, zeroed, make a block the identity
+    inner_norms: tuple[str, ...] = ()  # post-norm blocks only: the norms before the last one
+    last_norm: str = ""
+
+    def layer_of(self, name: str) -> int | None:
+        match = re.match(re.escape(self.block).replace(r"\*", r"(\d+)"), name)
+        return int(match.group(1)) if match else None
+
+
+@dataclass(frozen=True)
 class Family:
     """The table of one architecture. Tensor names are the base model's; `*` stands for the layer's number."""
 
     model_type: str
-    layers: str
-    block: str
-    block_writers: tuple[str, ...]  # zeroed, they make a block the identity
+    stacks: tuple[Stack, ...]
     axes: Mapping[str, Axis]
     tensors: Mapping[str, Layout]
     ties: Mapping[str, str]
     head_norm: str
-    block_first_norm: str = ""  # post-norm blocks only
-    block_last_norm: str = ""
+    embedding_power: float = 0.0  # the class multiplies embeddings by hidden ** this
     free_fields: frozenset[str] = frozenset()
+    proven: Mapping[str, str] | None = None  # growth -> "" or why it is not exact; None: a table that tests hold
     follows: Mapping[str, str] = field(default_factory=dict)
     conditions: tuple[Condition, ...] = ()
 
@@ -106,42 +123,73 @@ class Family:
 
     def size_fields(self) -> frozenset[str]:
         """The config fields that say a size."""
-        words = {word for axis in self.axes.values() for word in re.findall(r"[a-z_]+", axis.size)}
-        return frozenset(words - {"or"} | {self.layers})
+        words = {word for axis in self.axes.values() for word in re.findall(r"[a-z_]\w*", axis.size)}
+        return frozenset(words - {"or"} | {stack.layers for stack in self.stacks})
 
-    def template(self, name: str) -> tuple[str, int | None]:
-        """A base-model tensor name as its table row, and its layer: `h.3.ln_1.bias` -> `h.*.ln_1.bias`, 3."""
-        match = re.match(re.escape(self.block).replace(r"\*", r"(\d+)"), name)
-        if not match:
-            return name, None
-        return self.block + name[match.end() :], int(match.group(1))
+    def layer_counts(self, config: Any) -> dict[str, int]:
+        """The number of layers of each stack, by the field that says it."""
+        return {stack.layers: getattr(config, stack.layers) for stack in self.stacks}
+
+    def template(self, name: str) -> tuple[str, Stack | None, int]:
+        """A base-model tensor name as its table row, its stack and layer: `h.3.ln_1.bias` -> `h.*.ln_1.bias`, .., 3."""
+        for stack in self.stacks:
+            layer = stack.layer_of(name)
+            if layer is not None:
+                return stack.block + name[len(stack.block) - 1 + len(str(layer)) :], stack, layer
+        return name, None, 0
 
 
 def _evaluate(expression: str, config: Any) -> float | None:
-    left, operator, right = ([*expression.split(), "", ""])[:3]
-    a = float(left) if left.isdigit() else getattr(config, left)
-    if a is None or not operator:
-        return a
-    b = float(right) if right.isdigit() else getattr(config, right)
-    return a * b if operator == "*" else a / b
+    """`field`, or a chain such as `head_dim * rotary_pct / 2`, from left to right."""
+    first, *rest = expression.split()
+    value = _operand(first, config)
+    for operator, word in zip(rest[::2], rest[1::2], strict=True):
+        other = _operand(word, config)
+        if value is None or other is None:
+            return None
+        value = {"*": value * other, "/": value / other if other else None, "+": value + other}[operator]
+    return value
+
+
+def _operand(word: str, config: Any) -> float | None:
+    return float(word) if word.replace(".", "", 1).isdigit() else getattr(config, word)
 
 
 def parse_layout(text: str) -> Layout:
     """Read a row such as `(heads value) -> hidden`, `vocab <- hidden` or `scale hidden`.
 
     The arrow runs from the dimensions that the tensor reads to those that it writes; the dimensions stand in
-    memory order. Parentheses hold one dimension: a product of axes as in einops, `+` a concatenation.
+    memory order. Parentheses hold one dimension: a product of axes as in einops, `+` a concatenation,
+    `by` an interleaved one. `1 + scale` is a norm's weight w that acts as 1 + w.
     """
-    if match := re.fullmatch(r"(scale|shift) (\w+)", text):
-        return (Dim(((match.group(2),),), "scale" if match.group(1) == "scale" else "shift"),)
+    if match := re.fullmatch(r"(1 \+ )?(scale|shift) ([\w ]+)", text):
+        side: Side = "scale" if match.group(2) == "scale" else "shift"
+        return (Dim((tuple(match.group(3).split()),), side, offset=1.0 if match.group(1) else 0.0),)
     left, arrow, right = re.split(r"(->|<-)", text)
     sides: tuple[Side, Side] = ("read", "write") if arrow == "->" else ("write", "read")
     dims = []
     for words, side in zip((left, right), sides, strict=True):
         for group, single in re.findall(r"\(([^)]*)\)|(\w+)", words):
-            parts = tuple(tuple(part.split()) for part in (group or single).split("+"))
-            dims.append(Dim(parts, side))
+            product, _, by = (group or single).partition(" by ")
+            parts = tuple(tuple(part.split()) for part in product.split("+"))
+            dims.append(Dim(parts, side, by))
     return tuple(dims)
+
+
+def layout_text(layout: Layout) -> str:
+    """The inverse of `parse_layout`."""
+    if layout[0].side in ("scale", "shift"):
+        return ("1 + " if layout[0].offset else "") + f"{layout[0].side} {' '.join(layout[0].parts[0])}"
+    words = []
+    for dim in layout:
+        text = " + ".join(" ".join(part) for part in dim.parts) + (f" by {dim.by}" if dim.by else "")
+        words.append(f"({text})" if " " in text else text)
+    writes = [dim.side == "write" for dim in layout]
+    first_read = writes.index(False) if False in writes else len(words)
+    first_write = writes.index(True) if True in writes else len(words)
+    if first_write <= first_read:
+        return " ".join([*words[:first_read], "<-", *words[first_read:]])
+    return " ".join([*words[:first_write], "->", *words[first_write:]])
 
 
 def read_family(path: Path) -> Family:
@@ -154,7 +202,7 @@ def read_family(path: Path) -> Family:
             axes={name: Axis(**facts) for name, facts in table.pop("axes").items()},
             tensors={name: parse_layout(text) for name, text in table.pop("tensors").items()},
             ties=table.pop("ties", {}),
-            block_writers=tuple(table.pop("block_writers")),
+            stacks=tuple(_stack(**row) for row in table.pop("stacks")),
             conditions=tuple(_condition(row) for row in table.pop("conditions", [])),
             free_fields=frozenset(rows.pop("free", [])),
             follows=rows.pop("follows", {}),
@@ -167,6 +215,12 @@ def read_family(path: Path) -> Family:
         if axis.meets and axis.meets not in MEETS:
             raise GrowError(f"reading {path.name}", f"axis {name} meets {axis.meets!r}", ", ".join(MEETS))
     return family
+
+
+def _stack(
+    layers: str, block: str, writers: list[str], inner_norms: list[str] | None = None, last_norm: str = ""
+) -> Stack:
+    return Stack(layers, block, tuple(writers), tuple(inner_norms or ()), last_norm)
 
 
 def _condition(row: dict[str, Any]) -> Condition:

@@ -16,6 +16,8 @@ Source: the mean padding is LEMON's (Wang et al. 2023, arXiv 2310.07999); rescal
 the rotary rule and the tied head are growlib's own. The identity blocks are LLaMA-Pro's (arXiv 2401.02415).
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from growlib.axes import AxisMap, LayerMap, split_evenly, tile
@@ -46,6 +48,13 @@ def residual(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
         new_writes="zero" if axis.meets == "rms_norm" else "mean",
         new_reads="free",
     )
+
+
+def unscaled(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """The residual stream where no norm weight stands before the readers: they take the scale back themselves."""
+    axis_map = residual(name, axis, old, new)
+    read = axis_map.read / axis_map.write
+    return replace(axis_map, read=read, gain=1.0, tied_gain=1.0)
 
 
 def post_norm_residual(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
@@ -131,6 +140,7 @@ RULES = {
     "elementwise": units,
     "rms_norm": residual,
     "layer_norm": residual,
+    "unscaled": unscaled,
     "post_layer_norm": post_norm_residual,
     "query_heads": query_heads,
     "key_heads": units,
