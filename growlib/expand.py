@@ -8,7 +8,7 @@ from growlib.apply import apply
 from growlib.checkpoint import Source, logger
 from growlib.errors import GrowError
 from growlib.methods import Method
-from growlib.plan import GrowthPlan, make_plan
+from growlib.plan import GrowthPlan, layer_map, make_plan
 from growlib.target import Target
 
 
@@ -23,9 +23,11 @@ def plan(small_ckpt: Source, target_config: Target, method: str | Method = "loss
 
 def _plan(model: PreTrainedModel, target_config: Target, method: str | Method, seed: int) -> GrowthPlan:
     family = families.family(model.config.model_type)
-    config = target.resolve(model.config, target_config, family)
+    chosen = methods.method(method)
+    layers = chosen if chosen.depth else methods.method("lossless")  # so that make_plan can say that depth is missing
+    config = target.resolve(model.config, target_config, family, lambda old, new: layer_map(layers, old, new).source)
     wide = checkpoint.skeleton_of(type(model), config)
-    return make_plan(family, methods.method(method), seed, checkpoint.skeleton(model), wide)
+    return make_plan(family, chosen, seed, checkpoint.skeleton(model), wide)
 
 
 def expand(

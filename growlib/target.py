@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,16 @@ _INVALID = (StrictDataclassError, OSError, ValueError, TypeError, KeyError)
 Target = PreTrainedConfig | Mapping[str, Any] | str | Path
 
 
-def resolve(source: PreTrainedConfig, target: Target, family: Family) -> PreTrainedConfig:
+# (old number of layers, new number) -> the source layer of each new layer
+LayerSources = Callable[[int, int], Sequence[int]]
+
+
+def resolve(
+    source: PreTrainedConfig, target: Target, family: Family, layer_sources: LayerSources
+) -> PreTrainedConfig:
     """The target's config, of the source's class. The source's config stays as it is.
+
+    Per-layer lists that the target does not name (`layer_types`, ...) grow with the layers.
 
     Raises GrowError for another model type, a field that the config does not have, and sizes that the
     architecture forbids.
@@ -28,7 +36,7 @@ def resolve(source: PreTrainedConfig, target: Target, family: Family) -> PreTrai
     if isinstance(target, PreTrainedConfig):
         config = copy.deepcopy(target)
     elif isinstance(target, Mapping):
-        config = _override(asked, source, target, family)
+        config = _override(asked, source, target, family, layer_sources)
     elif not isinstance(target, str | Path):
         raise GrowError(asked, f"it is a {type(target).__name__}", "a config, a folder, or a dict of overrides")
     else:
@@ -45,7 +53,20 @@ def resolve(source: PreTrainedConfig, target: Target, family: Family) -> PreTrai
     return config
 
 
-def _override(asked: str, source: PreTrainedConfig, overrides: Mapping[str, Any], family: Family) -> PreTrainedConfig:
+def lengthen(fields: dict[str, Any], old: int, layers: Sequence[int], named: Collection[str] = ()) -> None:
+    """Give each per-layer list of a config the entries of the source layers; those that are named stay."""
+    for key, value in fields.items():
+        if isinstance(value, list) and len(value) == old and key not in named:
+            fields[key] = [value[layer] for layer in layers]
+
+
+def _override(
+    asked: str,
+    source: PreTrainedConfig,
+    overrides: Mapping[str, Any],
+    family: Family,
+    layer_sources: LayerSources,
+) -> PreTrainedConfig:
     fields = source.to_dict()
     named = [source.attribute_map.get(key, key) for key in overrides]
     for key, known in zip(overrides, named, strict=True):
@@ -56,6 +77,9 @@ def _override(asked: str, source: PreTrainedConfig, overrides: Mapping[str, Any]
     for heads, width in family.follows.items():
         if width in named and heads not in named and isinstance(fields[width], int):
             fields[heads] = _more_heads(asked, source, heads, width, fields[width])
+    for layers, old in family.layer_counts(source).items():
+        if type(fields[layers]) is int and fields[layers] > old:
+            lengthen(fields, old, layer_sources(old, fields[layers]), named)
     try:
         return type(source).from_dict(fields)
     except _INVALID as error:

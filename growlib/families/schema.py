@@ -111,9 +111,9 @@ class Family:
         """The size of each axis under a config. Raises ValueError where it is not a whole number."""
         sizes: dict[str, int] = {}
         for name, axis in self.axes.items():
-            value = next(v for v in (_evaluate(e, config) for e in axis.size.split(" or ")) if v is not None)
-            if value != int(value) or value < 1:
-                raise ValueError(f"the size of axis {name} ({axis.size}) is {value:g}, not a whole number")
+            value = size_of(axis.size, config)
+            if value is None or value != int(value) or value < 1:
+                raise ValueError(f"the size of axis {name} ({axis.size}) is {value}, not a whole number")
             sizes[name] = int(value)
         for name, axis in self.axes.items():
             if axis.groups and sizes[name] % sizes[axis.groups]:
@@ -139,6 +139,11 @@ class Family:
         return name, None, 0
 
 
+def size_of(expression: str, config: Any) -> float | None:
+    """The value of an axis's size under a config; None where a field that it needs is not set."""
+    return next((v for v in (_evaluate(e, config) for e in expression.split(" or ")) if v is not None), None)
+
+
 def _evaluate(expression: str, config: Any) -> float | None:
     """`field`, or a chain such as `head_dim * rotary_pct / 2`, from left to right."""
     first, *rest = expression.split()
@@ -152,7 +157,7 @@ def _evaluate(expression: str, config: Any) -> float | None:
 
 
 def _operand(word: str, config: Any) -> float | None:
-    return float(word) if word.replace(".", "", 1).isdigit() else getattr(config, word)
+    return float(word) if word.replace(".", "", 1).isdigit() else getattr(config, word, None)
 
 
 def parse_layout(text: str) -> Layout:

@@ -1,0 +1,424 @@
+"""The table of a class, read off a tiny model of it. What it says is a guess until the judge has heard it."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from growlib.checkpoint import skeleton
+from growlib.errors import GrowError
+from growlib.families.inference import probe
+from growlib.families.inference.probe import Norm, Trace
+from growlib.families.inference.rows import Unresolved, read_rows
+from growlib.families.inference.sizes import Build, builds, choose
+from growlib.families.schema import Axis, Dim, Family, Layout, Stack
+
+FIXED = Dim((("fixed",),), "write")
+HINTS = {"heads": "head", "kv_heads": "k", "query": "head_dim", "key": "head_dim", "value": "head_dim"}
+
+
+@dataclass
+class Draft:
+    """What is known so far. Rows are base-model tensor names with `*` for the layer's number."""
+
+    model: PreTrainedModel
+    hidden: int
+    stacks: list[Stack]
+    seen: Trace
+    norms: dict[str, Norm]  # by module name
+    rows: dict[str, Layout] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    meets: dict[str, str] = field(default_factory=dict)
+    hints: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = field(default_factory=dict)  # module -> parts, by
+    inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # module -> axes
+
+    def __post_init__(self) -> None:
+        self.prefix = skeleton(self.model).prefix
+
+    def row_of(self, name: str) -> str:
+        """The row of a base-model tensor name."""
+        for stack in self.stacks:
+            layer = stack.layer_of(name)
+            if layer is not None:
+                return stack.block + name[len(stack.block) - 1 + len(str(layer)) :]
+        return name
+
+    def stack_of(self, module: str) -> Stack | None:
+        name = module.removeprefix(self.prefix) + "."
+        return next((stack for stack in self.stacks if stack.layer_of(name) is not None), None)
+
+    def axis(self, name: str, size: int, meets: str, module: str) -> str:
+        """An axis of this size for a module: one of its own in each stack, and for each size."""
+        stack = self.stack_of(module)
+        first = self.stacks[0] if self.stacks else None
+        scope = "" if stack in (None, first) else re.split(r"\W", stack.block)[0] + "_" if stack else ""
+        for number in range(1, 9):
+            full = scope + name + (f"_{number}" if number > 1 else "")
+            if self.sizes.setdefault(full, size) == size:
+                self.meets.setdefault(full, meets)
+                self.hints.setdefault(full, HINTS.get(name, name))
+                if len(self.stacks) > 1:
+                    word = re.split(r"\W", (stack or self.stacks[0]).block)[0]
+                    self.hints[full] = f"{word} {self.hints[full]}"
+                return full
+        raise Unresolved
+
+
+def stacks_of(base: Any, others: list[Build]) -> list[Stack]:
+    """The lists of modules that get longer with a config field."""
+    found: dict[str, str] = {}
+    for build in others:
+        for prefix, count in _lengths(build.skeleton).items():
+            if count > _lengths(base).get(prefix, count):
+                found.setdefault(prefix, build.field)
+    return [Stack(layers, f"{prefix}*.", ()) for prefix, layers in found.items()]
+
+
+def _lengths(model: Any) -> dict[str, int]:
+    layers: dict[str, set[str]] = {}
+    for name in model.shapes:
+        if match := re.match(r"(.*?\.|)(\d+)\.", model.base(name)):
+            layers.setdefault(match.group(1), set()).add(match.group(2))
+    return {prefix: len(numbers) for prefix, numbers in layers.items()}
+
+
+def draft(model: PreTrainedModel) -> Family:
+    """The table of a tiny model's class. Raises GrowError where its parts cannot be told apart."""
+    base = skeleton(model)
+    others = builds(type(model), base)
+    seen = probe.trace(model)
+    stacks = stacks_of(base, others)
+    widths = {n: t.shape[-1] for n, t in seen.inputs.items()}
+    norms = {n: k for n, m in model.named_modules() if n in widths and (k := probe.norm_of(m, widths[n]))}
+    state = Draft(model, _hidden(model, stacks, base.prefix, seen), stacks, seen, norms)
+    state.sizes["hidden"] = state.hidden
+    _linear_maps(state)
+    _stack_norms(state)
+    for name, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            row = state.row_of(f"{name}.{kind}".removeprefix(state.prefix) if name else kind)
+            if row not in state.rows:
+                state.rows[row] = _layout(state, name, module, kind, tuple(parameter.shape))
+    for name in base.shapes:  # buffers that are saved
+        row = state.row_of(base.base(name))
+        state.rows.setdefault(row, (FIXED,) * len(base.shapes[name]))
+    return _family(state, base, others)
+
+
+def _hidden(model: PreTrainedModel, stacks: list[Stack], prefix: str, seen: Trace) -> int:
+    for stack in stacks:
+        block = prefix + stack.block.replace("*.", "0")
+        if block in seen.outputs:
+            return seen.outputs[block].shape[-1]
+    widths = Counter(p.shape[0] for p in model.parameters() if p.ndim == 1)
+    return widths.most_common(1)[0][0]
+
+
+def _linear_maps(state: Draft) -> None:
+    """Find what the dimensions of the linear maps are that no residual stream passes."""
+    readers: dict[str, dict[str, list[probe.Row]]] = {}
+    known: set[str] = set()
+    for name, module in state.model.named_modules():
+        row = state.row_of(name.removeprefix(state.prefix) + ".weight")
+        if not probe.is_linear(module) or row in known or name not in state.seen.outputs:
+            continue
+        known.add(row)
+        found = probe.moved_by(state.model, name, probe.out_features(module))
+        norm = _norm_after(state, name)
+        if found and norm and all(r.channels.all() or not r.channels.any() for r in found[1]):
+            found = probe.moved_by(state.model, norm, probe.out_features(module)) or found
+        if found and not _is_mixed(found[1]):
+            readers.setdefault(found[0], {})[name] = found[1]
+    for reader, writers in readers.items():
+        try:
+            _read(state, reader, writers)
+        except Unresolved:
+            continue
+
+
+def _is_mixed(found: list[probe.Row]) -> bool:
+    """Every row moves nearly every channel of the reader, here only: they write the residual stream."""
+    share = sum(float(row.channels.float().mean()) for row in found) / len(found)
+    return share > 0.7 and not any(row.elsewhere for row in found)
+
+
+def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> None:
+    module = state.model.get_submodule(reader)
+    width = state.seen.inputs[reader].shape[-1]
+    reading = read_rows(writers, width)
+    names = {}
+    for axis, size in reading.sizes.items():
+        meets = {"ffn": "elementwise", "heads": "query_heads", "kv_heads": "key_heads", "value": "linear"}.get(axis, axis)
+        if axis == "kv_heads" and size in (1, reading.sizes["heads"]):
+            continue  # one KV head never grows; as many as query heads are the same axis
+        outside = state.stack_of(reader) is None
+        if axis == "ffn" and outside:
+            names[axis] = "hidden" if _is_post_norm(state) and size == state.hidden else state.axis("pooled", size, meets, reader)
+        else:
+            names[axis] = state.axis(axis, size, meets, reader)
+    kv_heads = reading.sizes.get("kv_heads")
+    if kv_heads == reading.sizes.get("heads"):
+        names["kv_heads"] = names.get("heads", "")
+
+    def named(part: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(names[axis] for axis in part if axis in names)
+
+    state.inputs[reader] = named(reading.reader)
+    for name, (parts, by) in reading.writers.items():
+        state.outputs[name] = (tuple(named(part) for part in parts), names.get(by, ""))
+    del module
+
+
+def _norm_after(state: Draft, name: str) -> str | None:
+    """The norm that reads a module's output as it is."""
+    written = probe.rows(state.seen.outputs[name])
+    for norm in state.norms:
+        if probe.rows(state.seen.inputs[norm]) == written:
+            return norm
+    return None
+
+
+def _norm_before(state: Draft, given: set[bytes]) -> str | None:
+    """The norm with a weight whose output is read here."""
+    for norm in state.norms:
+        if hasattr(state.model.get_submodule(norm), "weight") and given <= probe.rows(state.seen.outputs[norm]):
+            return norm
+    return None
+
+
+def _is_post_norm(state: Draft) -> bool:
+    return any(stack.last_norm for stack in state.stacks)
+
+
+def _stack_norms(state: Draft) -> None:
+    """For each stack, the last norm of a post-norm block and the ones before it."""
+    for index, stack in enumerate(state.stacks):
+        block = state.prefix + stack.block.replace("*.", "0.")
+        inside = [norm for norm in state.norms if norm.startswith(block) and _is_hidden(state, norm)]
+        written = state.seen.outputs.get(block[:-1])
+        if written is None:
+            continue
+        last = next((n for n in inside if probe.rows(state.seen.outputs[n]) == probe.rows(written)), None)
+        if last and not _branch(state, last):
+            inner = tuple(n.removeprefix(block) for n in inside if n != last and not _branch(state, n))
+            state.stacks[index] = replace(stack, inner_norms=inner, last_norm=last.removeprefix(block))
+
+
+def _is_hidden(state: Draft, norm: str) -> bool:
+    return state.seen.inputs[norm].shape[-1] == state.hidden and _writer_of(state, norm) not in state.outputs
+
+
+def _writer_of(state: Draft, norm: str) -> str | None:
+    """The linear map whose output the norm reads as it is: its rows, or whole heads of them."""
+    given = state.seen.inputs[norm]
+    for name, module in state.model.named_modules():
+        if not probe.is_linear(module) or name not in state.seen.outputs:
+            continue
+        written = state.seen.outputs[name]
+        if written.shape[-1] % given.shape[-1] == 0:
+            heads = probe.rows(written.reshape(*written.shape[:-1], -1, given.shape[-1]))
+            if probe.rows(given) <= heads:
+                return name
+    return None
+
+
+def _branch(state: Draft, norm: str) -> bool:
+    """A norm between a block's last linear map and the residual sum."""
+    return _writer_of(state, norm) is not None
+
+
+def _feeds(state: Draft, norm: str) -> bool:
+    """The norm's output is read by maps, and does not go to the residual stream."""
+    written = probe.rows(state.seen.outputs[norm])
+    order = list(state.seen.outputs)
+    blocks = [order.index(n) for n in order if any(_is_block(state, n, stack) for stack in state.stacks)]
+    if blocks and order.index(norm) > max(blocks):
+        return True
+    for name, given in state.seen.inputs.items():
+        stack_parts = [state.prefix + stack.block.partition("*")[0] for stack in state.stacks]
+        holds_blocks = any(part.startswith(name + ".") or part.rstrip(".") == name for part in stack_parts)
+        if name in state.norms or holds_blocks or any(_is_block(state, name, stack) for stack in state.stacks):
+            continue
+        if given.shape[-1] == state.seen.outputs[norm].shape[-1] and probe.rows(given) <= written:
+            return True
+    return False
+
+
+def _is_block(state: Draft, name: str, stack: Stack) -> bool:
+    pattern = re.escape(state.prefix + stack.block.rstrip(".")).replace(r"\*", r"\d+")
+    return re.fullmatch(pattern, name) is not None
+
+
+def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[int, ...]) -> Layout:
+    """The row of one parameter."""
+    if name in state.norms:
+        return _norm_layout(state, name, kind, shape)
+    if probe.is_linear(module):
+        return _linear_layout(state, name, module, kind)
+    if isinstance(module, nn.Embedding):
+        return (Dim(((_lookup(state, name, shape[0]),),), "read"), _dim(state, shape[1], "write"))
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        reads = tuple(_dim(state, size, "read") for size in shape[1:2])
+        return (_dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
+    if len(shape) == 3 and shape[0] not in (1, state.hidden):
+        return _expert_layout(state, name, kind, shape)
+    if len(shape) == 1 and shape[0] == state.hidden and state.stack_of(name):
+        return (Dim((("raw",),), "scale"),)  # such as a LayerScale
+    read = "weight" in kind and len(shape) == 2  # a linear map of its own kind, such as a router
+    sides = [_dim(state, size, "read" if read and i else "write") for i, size in enumerate(shape)]
+    return tuple(_raw_if(state, name, dim) for dim in sides)
+
+
+def _dim(state: Draft, size: int, side: Any) -> Dim:
+    vocab = getattr(state.model.config, "vocab_size", None)
+    if size == state.hidden:
+        return Dim((("hidden",),), side)
+    if size == vocab:
+        state.axis("vocab", size, "lookup", "")
+        return Dim((("vocab",),), side)
+    heads = next((a for a in state.sizes if a.endswith("heads") and state.sizes[a] == size), None)
+    return Dim(((heads,),), side) if heads and side == "write" else replace(FIXED, side=side)
+
+
+def _lookup(state: Draft, name: str, size: int) -> str:
+    last = name.rpartition(".")[2]
+    if size == getattr(state.model.config, "vocab_size", None):
+        return state.axis("vocab", size, "lookup", "")
+    kind = "types" if "type" in last else "positions" if "pos" in last or last == "wpe" else "lookup"
+    return state.axis(kind, size, "lookup", "")
+
+
+def _linear_layout(state: Draft, name: str, module: nn.Module, kind: str) -> Layout:
+    features_in, features_out = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)  # type: ignore[union-attr]
+    if name in state.outputs:
+        parts, by = state.outputs[name]
+        write = Dim(parts, "write", by)
+    else:
+        write = _dim(state, features_out, "write")
+    if kind == "bias":
+        return (write,)
+    if name in state.inputs:
+        read = Dim((state.inputs[name],), "read")
+    else:
+        read = _raw_if(state, name, _dim(state, features_in, "read"))
+    return (read, write) if isinstance(module, Conv1D) else (write, read)
+
+
+def _raw_if(state: Draft, name: str, dim: Dim) -> Dim:
+    """The axis `raw` where a map reads the residual stream without a norm's weight before it."""
+    if dim.side != "read" or dim.parts != (("hidden",),) or _is_post_norm(state):
+        return dim
+    while name and name not in state.seen.inputs:
+        name = name.rpartition(".")[0]
+    given = state.seen.inputs.get(name)
+    if given is None or given.shape[-1] != state.hidden or _norm_before(state, probe.rows(given)):
+        return dim
+    return Dim((("raw",),), "read")
+
+
+def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> Layout:
+    side: Any = "scale" if kind == "weight" else "shift"
+    offset = state.norms[name].offset if side == "scale" else 0.0
+    writer = _writer_of(state, name)
+    axes: tuple[str, ...] = ("fixed",)
+    if writer in state.outputs:
+        parts, _ = state.outputs[writer or ""]
+        if len(parts) == 1:
+            size = [state.sizes[a] for a in parts[0]]
+            axes = parts[0] if len(size) < 2 or shape[0] == size[0] * size[1] else parts[0][-1:]
+    elif shape[0] == state.hidden:
+        stream = not _is_post_norm(state) and (_branch(state, name) or not _feeds(state, name))
+        axes = ("raw",) if stream else ("hidden",)
+    return (Dim((axes,), side, offset=offset),)
+
+
+def _expert_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> Layout:
+    """Stacked experts: [experts, .., ..], the feed-forward maps of all of them."""
+    experts = Dim(((state.axis("experts", shape[0], "", name),),), "write")
+    if state.hidden not in shape[1:]:
+        return (experts, FIXED, FIXED)
+    other = next((size for size in shape[1:] if size != state.hidden), state.hidden)
+    down = "down" in kind or "output" in kind or "w2" in kind
+    ffn = other if down or "gate_up" not in kind else other // 2
+    axis = state.axis("expert_ffn", ffn, "elementwise", name)
+    unit = Dim(((axis,),) * (other // ffn), "read" if down else "write")
+    stream = Dim((("hidden",),), "write" if down else "read")
+    stream = _raw_if(state, name, stream)
+    return (experts, stream, unit) if shape[1] == state.hidden else (experts, unit, stream)
+
+
+def _family(state: Draft, base: Any, others: list[Build]) -> Family:
+    if any(axis == "raw" for layout in state.rows.values() for d in layout for p in d.parts for axis in p):
+        state.sizes["raw"] = state.hidden
+    hints = {"hidden": "hidden", "raw": "hidden", "vocab": "vocab", "positions": "positions", **state.hints}
+    sizes = choose(state.sizes, hints, state.rows, state.row_of, base, others)
+    if sizes is None:
+        asked = f"inferring the table of {type(state.model).__name__}"
+        raise GrowError(asked, "no config fields explain the sizes of its tensors", "a table in growlib/families")
+    axes = {name: Axis(size, _meets(state, name), **_groups(state, name)) for name, size in sizes.items()}
+    head = state.model.get_output_embeddings()
+    names = {id(m): n for n, m in state.model.named_modules()}
+    head_name = names.get(id(head), "")
+    head_norm = _norm_before(state, probe.rows(state.seen.inputs[head_name])) if head_name in state.seen.inputs else None
+    return Family(
+        model_type=base.config.model_type,
+        stacks=tuple(_with_writers(state, stack) for stack in state.stacks),
+        axes=axes,
+        tensors=state.rows,
+        ties=_ties(state),
+        head_norm=(head_norm or "").removeprefix(state.prefix),
+        follows=_follows(axes),
+    )
+
+
+def _meets(state: Draft, axis: str) -> str:
+    if axis == "raw":
+        return "unscaled"
+    if axis == "hidden":
+        centred = any(norm.centred for name, norm in state.norms.items() if _is_hidden(state, name))
+        return "post_layer_norm" if centred and _is_post_norm(state) else "layer_norm" if centred else "rms_norm"
+    return state.meets[axis]
+
+
+def _groups(state: Draft, axis: str) -> dict[str, str]:
+    kv_heads = axis.replace("heads", "kv_heads")
+    return {"groups": kv_heads} if state.meets.get(axis) == "query_heads" and kv_heads in state.sizes else {}
+
+
+def _follows(axes: dict[str, Axis]) -> dict[str, str]:
+    """Heads grow with the width where head_dim is the one over the other."""
+    found = {}
+    for axis in axes.values():
+        width, divided, heads = axis.size.partition(" / ")
+        if divided and width == axes["hidden"].size and any(a.size == heads for a in axes.values()):
+            found[heads] = width
+    return found
+
+
+def _ties(state: Draft) -> dict[str, str]:
+    """The tensors that stand under a second name, or may: {alias: tensor}."""
+    keys = state.model._tied_weights_keys
+    pairs = dict(keys) if isinstance(keys, dict) else {}
+    strip = state.prefix
+    return {alias.removeprefix(strip): name.removeprefix(strip) for alias, name in pairs.items()}
+
+
+def _with_writers(state: Draft, stack: Stack) -> Stack:
+    """What to zero in a new block: the norm after a map that writes the stream, or else the map."""
+    writers: dict[str, None] = {}
+    for row, layout in state.rows.items():
+        if not row.startswith(stack.block) or not any(d.side == "write" and d.parts == (("hidden",),) for d in layout):
+            continue
+        name = row.removeprefix(stack.block)
+        module = name.rpartition(".")[0] if name.rpartition(".")[2] in ("weight", "bias") else name
+        full = state.prefix + stack.block.replace("*", "0") + module
+        norm = _norm_after(state, full) if full in state.seen.outputs else None
+        if norm and not stack.last_norm:
+            module = norm.removeprefix(state.prefix + stack.block.replace("*", "0"))
+        writers[module] = None
+    return replace(stack, writers=tuple(writers))

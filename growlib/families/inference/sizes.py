@@ -1,0 +1,138 @@
+"""Which config field says which size, found by building a class at other sizes without memory for its values."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from growlib.checkpoint import skeleton_of
+from growlib.families.inference.tiny import SIZE_OF
+from growlib.families.schema import Layout, size_of
+from growlib.plan import Skeleton
+from growlib.target import lengthen
+
+ABSENT = 72  # what a field that is None is set to
+CONSTANTS = range(2, 9)
+
+# The parts of a dimension, its length, and the config under which it has that length.
+Check = tuple[tuple[tuple[str, ...], ...], int, PreTrainedConfig]
+
+
+@dataclass(frozen=True)
+class Build:
+    """The class built with one field changed."""
+
+    field: str
+    was_absent: bool
+    skeleton: Skeleton
+
+
+def builds(model_class: type[PreTrainedModel], base: Skeleton) -> list[Build]:
+    """One for each config field that changes the class's shapes when it is doubled, or set where it is None."""
+    found = []
+    for name, value in base.config.to_dict().items():
+        if isinstance(value, bool) or name.endswith("_token_id") or not (value is None or isinstance(value, int)):
+            continue
+        try:
+            built = skeleton_of(model_class, changed(base.config, {name: 2 * value if value else ABSENT}))
+        except Exception:  # whatever a class of transformers raises: it cannot be built so
+            continue
+        if built.shapes != base.shapes:
+            found.append(Build(name, value is None, built))
+    return found
+
+
+def changed(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config with other values; lists that are as long as a field that grows grow with it."""
+    values = config.to_dict()
+    for name, new in fields.items():
+        old = values[name]
+        if isinstance(old, int) and isinstance(new, int) and new > old > 1:
+            lengthen(values, old, [layer * old // new for layer in range(new)], fields)
+    return type(config).from_dict({**values, **fields})
+
+
+def candidates(size: int, config: PreTrainedConfig, hint: str) -> list[str]:
+    """Expressions of the config with this size, the likeliest first."""
+    numbers = {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, int) and not isinstance(value, bool) and value > 1 and not name.endswith("_token_id")
+    }
+    # A field whose name says what the axis is for comes first, then the usual names.
+    order = sorted(numbers, key=lambda name: (hint not in name, name not in SIZE_OF))
+    found = [name for name in order if numbers[name] == size]
+    found += [f"{a} / {b}" for a in order for b in order if a != b and numbers[a] == size * numbers[b]]
+    found += [f"{a} * {c}" for a in order for c in CONSTANTS if numbers[a] * c == size]
+    found += [f"{a} / {c}" for a in order for c in CONSTANTS if numbers[a] == size * c]
+    found += [f"{a} * {b}" for a in order for b in order if a < b and numbers[a] * numbers[b] == size]
+    found += [f"{a} + {c}" for a in order for c in (1, 2) if numbers[a] + c == size]
+    return [*found, str(size)]
+
+
+def choose(
+    sizes: Mapping[str, int],
+    hints: Mapping[str, str],
+    layouts: Mapping[str, Layout],
+    row_of: Any,
+    base: Skeleton,
+    others: Iterable[Build],
+) -> dict[str, str] | None:
+    """For each axis the expression of its size under which every dimension has its length in every build."""
+    others = list(others)
+    present = [base, *(build.skeleton for build in others if not build.was_absent)]
+    checks = [check for skeleton in present for check in _checks(sizes, layouts, row_of, skeleton)]
+    options = {name: candidates(size, base.config, hints.get(name, name)) for name, size in sizes.items()}
+    chosen = _search(sorted(options, key=lambda name: len(options[name])), {}, options, checks)
+    if chosen:
+        for build in others:
+            if build.was_absent:
+                chosen = _with_field(chosen, build.field, list(_checks(sizes, layouts, row_of, build.skeleton)))
+    return chosen
+
+
+def _checks(sizes: Mapping[str, int], layouts: Mapping[str, Layout], row_of: Any, skeleton: Skeleton) -> list[Check]:
+    found = {
+        (dim.parts, length)
+        for name, shape in skeleton.shapes.items()
+        for dim, length in zip(layouts.get(row_of(skeleton.base(name)), ()), shape, strict=False)
+        if all(axis in sizes for part in dim.parts for axis in part)
+    }
+    return [(parts, length, skeleton.config) for parts, length in found]
+
+
+def _search(
+    names: list[str], chosen: dict[str, str], options: Mapping[str, list[str]], checks: list[Check]
+) -> dict[str, str] | None:
+    if len(chosen) == len(names):
+        return chosen
+    name = names[len(chosen)]
+    for expression in options[name]:
+        tried = {**chosen, name: expression}
+        ready = [c for c in checks if {name} <= _axes(c) <= tried.keys()]
+        if all(_holds(check, tried) for check in ready):
+            found = _search(names, tried, options, checks)
+            if found:
+                return found
+    return None
+
+
+def _with_field(chosen: dict[str, str], field: str, checks: list[Check]) -> dict[str, str]:
+    """The field put before the one expression that it overrules."""
+    for name, expression in chosen.items():
+        tried = {**chosen, name: f"{field} or {expression}"}
+        if not all(_holds(c, chosen) for c in checks) and all(_holds(c, tried) for c in checks):
+            return tried
+    return chosen
+
+
+def _axes(check: Check) -> set[str]:
+    return {axis for part in check[0] for axis in part}
+
+
+def _holds(check: Check, chosen: Mapping[str, str]) -> bool:
+    parts, length, config = check
+    values = {axis: size_of(chosen[axis], config) for axis in _axes(check)}
+    return None not in values.values() and sum(prod(values[axis] or 0 for axis in part) for part in parts) == length

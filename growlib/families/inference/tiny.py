@@ -1,0 +1,123 @@
+"""A tiny model of a class: the config's own switches, small sizes that can be told apart, every parameter random."""
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from growlib.errors import GrowError
+
+# Small sizes, distinct where two of them could stand in one tensor, by the names that configs give them.
+SIZES = {
+    64: "hidden_size n_embd d_model n_embed dim embed_dim emb_dim word_embed_proj_dim embedding_size model_dim",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads",
+    2: "num_key_value_heads num_kv_heads n_kv_heads num_shared_experts n_shared_experts num_experts_per_tok moe_topk",
+    24: "head_dim d_kv kv_channels attention_head_size qk_nope_head_dim",
+    20: "v_head_dim",
+    8: "qk_rope_head_dim num_local_experts num_experts n_routed_experts rotary_dim moe_num_experts patch_size",
+    12: "kv_lora_rank",
+    28: "q_lora_rank",
+    80: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim hidden_dim",
+    40: "moe_intermediate_size expert_ffn_hidden_size",
+    56: "shared_expert_intermediate_size shared_intermediate_size block_ff_dim",
+    96: "max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len",
+    3: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers",
+    101: "vocab_size",
+    32: "image_size hidden_size_per_layer_input",
+    1: "first_k_dense_replace n_group topk_group num_dense_layers moe_layer_start_index",
+}
+SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
+LARGEST = 3_000_000  # parameters of a model that is still tiny
+
+_MAPPINGS = (
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_MAPPING_NAMES,
+)
+
+
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a config names, or transformers' first one for its model type. Raises GrowError."""
+    names = list(config.architectures or [])
+    for mapping in _MAPPINGS:
+        entry = mapping.get(config.model_type, ())
+        names += [entry] if isinstance(entry, str) else list(entry)
+    found = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    if found is None:
+        asked = f"inferring the family {config.model_type!r}"
+        raise GrowError(asked, "transformers has no model class for it", "the class itself: infer(config, model_class)")
+    return found
+
+
+def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config with small sizes. Everything else, per-layer lists aside, stays: it may decide what a tensor is."""
+    fields = config.to_dict()
+    old_layers = {fields[n] for n in SIZES[3].split() if isinstance(fields.get(n), int)}
+    for name, value in list(fields.items()):
+        if isinstance(value, bool) or name.startswith("_"):
+            continue
+        if isinstance(value, int) and name in SIZE_OF:
+            fields[name] = min(value, SIZE_OF[name]) if SIZE_OF[name] < 4 else SIZE_OF[name]
+        elif isinstance(value, list) and len(value) in old_layers and len(value) > 3:
+            fields[name] = _few_of(value)
+        elif name.endswith("_token_id") and value is not None:
+            fields[name] = 0
+    return type(config).from_dict(fields)
+
+
+def _few_of(per_layer: list[Any]) -> list[Any]:
+    """Three of a per-layer list, with all of its kinds where three suffice."""
+    kinds = list(dict.fromkeys(map(str, per_layer)))
+    few = [next(v for v in per_layer if str(v) == kind) for kind in kinds[:3]]
+    return few + [per_layer[0]] * (3 - len(few))
+
+
+def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model in eval mode, every parameter drawn anew: a table that only works at initialisation must fail."""
+    torch.manual_seed(seed)
+    model = model_class._from_config(copy.deepcopy(config), attn_implementation="eager")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.2 if parameter.ndim > 1 else 0.4
+            centre = parameter.mean().round().item() if parameter.ndim == 1 else 0.0
+            if not torch.isfinite(parameter).all() or name.endswith("A_log"):
+                continue
+            parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
+    return model.float().eval()
+
+
+def inputs_of(model: PreTrainedModel, batch: int = 2, length: int = 7, seed: int = 1) -> dict[str, Tensor]:
+    """Keyword arguments of the forward, the same in every row of the batch where `batch` is above 2."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = 1 if batch > 2 else batch
+    config: Any = model.config
+    name = model.main_input_name
+    if name == "pixel_values":
+        side = getattr(config, "image_size", 32)
+        height, width = (side, side) if isinstance(side, int) else side
+        channels = getattr(config, "num_channels", 3)
+        given = {name: torch.randn(rows, channels, height, width, generator=generator)}
+    elif name == "input_features":
+        frames = 2 * getattr(config, "max_source_positions", 32)
+        given = {name: torch.randn(rows, getattr(config, "num_mel_bins", 80), frames, generator=generator)}
+    else:
+        given = {"input_ids": torch.randint(5, config.vocab_size - 1, (rows, length), generator=generator)}
+    if config.is_encoder_decoder:
+        given["decoder_input_ids"] = torch.randint(5, config.vocab_size - 1, (rows, length), generator=generator)
+    return {
+        key: value.expand(batch, *value.shape[1:]).contiguous() if rows == 1 else value for key, value in given.items()
+    }
+
+
+@torch.no_grad()
+def run(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    """The model's first output of at least two dimensions."""
+    outputs = model(**given, return_dict=True)
+    return next(v for k, v in outputs.items() if isinstance(v, Tensor) and v.ndim >= 2 and k != "loss")
