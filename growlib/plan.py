@@ -72,6 +72,11 @@ class GrowthPlan:
     def exact(self) -> bool:
         return not self.reasons
 
+    @property
+    def grows(self) -> list[str]:
+        """The axes and stacks that get longer."""
+        return [name for name, size in self.new_sizes.items() if size != self.old_sizes[name]]
+
     def part_sizes(self, dim: Dim) -> list[int]:
         """The old sizes of a dimension's concatenated parts."""
         return [prod(self.old_sizes[axis] for axis in part) for part in dim.parts]
@@ -112,7 +117,7 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
         raise GrowError(asked, f"{method.name} does not grow depth", f"method '{method.name}+lossless'")
     maps = _maps(family, method, old, new, source.config)
     layers = {name: layer_map(method, old[name], new[name]) for name in depths}
-    entries = tuple(_entries(asked, family, old, maps, layers, source, target))
+    entries = tuple(_entries(asked, family, old, new, maps, layers, source, target))
     _check_shapes(asked, entries, old, new)
     _check_all_used(asked, family, layers, entries, source)
     reasons = [axis_map.inexact for axis_map in maps.values() if axis_map.inexact]
@@ -161,6 +166,7 @@ def _entries(
     asked: str,
     family: Family,
     old: Mapping[str, int],
+    new: Mapping[str, int],
     maps: Mapping[str, AxisMap],
     layers: Mapping[str, LayerMap],
     source: Skeleton,
@@ -174,6 +180,7 @@ def _entries(
             "a class whose tensors are all in growlib/families",
         )
     tied = any(alias in target.aliases for alias in family.ties)
+    embedding = (new["hidden"] / old["hidden"]) ** -family.embedding_power
     for name, new_shape in target.shapes.items():
         row, stack, layer = family.template(target.base(name))
         layout, constant, origin = family.tensors[row], None, row
@@ -183,9 +190,9 @@ def _entries(
         found = source.find(origin) or source.find(family.ties.get(origin, origin))
         if found is None and not row.endswith(".bias"):
             raise GrowError(asked, f"the source has no tensor for {name}", "a class with the source's tensors")
-        factor = 1.0
+        factor = embedding if layout[0].parts == (("vocab",),) and layout[0].side == "read" else 1.0
         if tied and row.startswith(family.head_norm + "."):
-            factor = maps[layout[0].parts[0][0]].tied_gain if maps else 1.0
+            factor = (maps[layout[0].parts[0][0]].tied_gain if maps else 1.0) / embedding
         old_shape = source.shapes[found] if found else _shape(layout, old, new_shape)
         yield Entry(name, found, layout, old_shape, new_shape, constant, factor)
 

@@ -139,6 +139,11 @@ class Family:
         return name, None, 0
 
 
+def ratio(axis: str, old: int, new: int) -> str:
+    """The name of a growth in `Family.proven`: by a whole multiple or not."""
+    return f"{axis} x2" if new % old == 0 else f"{axis} x1.5"
+
+
 def size_of(expression: str, config: Any) -> float | None:
     """The value of an axis's size under a config; None where a field that it needs is not set."""
     return next((v for v in (_evaluate(e, config) for e in expression.split(" or ")) if v is not None), None)
@@ -146,6 +151,9 @@ def size_of(expression: str, config: Any) -> float | None:
 
 def _evaluate(expression: str, config: Any) -> float | None:
     """`field`, or a chain such as `head_dim * rotary_pct / 2`, from left to right."""
+    if " - " in expression:  # the one sum of products that tables need: what is left of a head
+        whole, part = (_evaluate(side, config) for side in expression.split(" - "))
+        return None if whole is None or part is None else whole - part
     first, *rest = expression.split()
     value = _operand(first, config)
     for operator, word in zip(rest[::2], rest[1::2], strict=True):
@@ -157,7 +165,11 @@ def _evaluate(expression: str, config: Any) -> float | None:
 
 
 def _operand(word: str, config: Any) -> float | None:
-    return float(word) if word.replace(".", "", 1).isdigit() else getattr(config, word, None)
+    if word.isdigit():
+        return float(word)
+    for part in word.split("."):
+        config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
+    return config
 
 
 def parse_layout(text: str) -> Layout:

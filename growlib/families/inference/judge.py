@@ -1,6 +1,7 @@
 """The judge: grow a tiny model of the class by the table, every parameter random, and compare what it computes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,59 +11,92 @@ from growlib.apply import apply
 from growlib.checkpoint import empty_model, skeleton, skeleton_of
 from growlib.families.inference.sizes import changed
 from growlib.families.inference.tiny import inputs_of, run
-from growlib.families.schema import Family
+from growlib.families.schema import Family, ratio
 from growlib.methods import method
 from growlib.plan import make_plan
 
 TOLERANCE = 1e-5
+NUMBERS = {"x2": 2.0, "x1.5": 1.5}
 
 
-def error_of(family: Family, model: PreTrainedModel, target: PreTrainedConfig) -> tuple[float, str]:
-    """Grow the model; the largest difference of its outputs in shares of their spread, and the plan's own reasons."""
-    plan = make_plan(family, method("lossless"), 0, skeleton(model), skeleton_of(type(model), target))
-    grown = empty_model(model, target, torch.float32)
-    places = dict(grown.named_parameters()) | dict(grown.named_buffers())
-    with torch.no_grad():
-        for name, tensor in apply(plan, model.state_dict()):
-            places[name].data = tensor
-    worst = 0.0
-    for seed in (1, 2):
-        given = inputs_of(model, seed=seed)
-        old, new = run(model, given), run(grown, given)
-        new = new[tuple(slice(length) for length in old.shape)]
-        worst = max(worst, ((new - old).abs().max() / (old.max() - old.min())).nan_to_num(torch.inf).item())
-    return worst, "; ".join(plan.reasons)
+@dataclass(frozen=True)
+class Trial:
+    """One growth of the tiny model: which axes grew, at which ratio, and why it is not exact ("" where it is)."""
+
+    grew: frozenset[str]
+    wrong: str
 
 
-def growths(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What to try: (name, config fields). A width is tried at a whole multiple and at another ratio."""
+def trial(family: Family, model: PreTrainedModel, fields: Mapping[str, Any]) -> Trial:
+    """Grow the model to these config fields, and compare on two inputs."""
+    try:
+        target = changed(model.config, fields)
+        plan = make_plan(family, method("lossless"), 0, skeleton(model), skeleton_of(type(model), target))
+        grew = frozenset(ratio(n, plan.old_sizes[n], plan.new_sizes[n]) for n in plan.grows)
+        if plan.reasons:
+            return Trial(grew, "; ".join(plan.reasons))
+        grown = empty_model(model, target, torch.float32)
+        places = dict(grown.named_parameters()) | dict(grown.named_buffers())
+        with torch.no_grad():
+            for name, tensor in apply(plan, model.state_dict()):
+                places[name].data = tensor
+        worst = max(_distance(model, grown, seed) for seed in (1, 2))
+    except Exception as failure:  # the class, the table or the plan refuses
+        lines = str(failure.__cause__ or failure).strip().splitlines() or [type(failure).__name__]
+        return Trial(frozenset(), lines[-1].strip())
+    return Trial(grew, "" if worst <= TOLERANCE else f"a tiny model differs by {worst:.1g} of its outputs' spread")
+
+
+def _distance(model: PreTrainedModel, grown: PreTrainedModel, seed: int) -> float:
+    given = inputs_of(model, seed=seed)
+    old, new = run(model, given), run(grown, given)
+    new = new[tuple(slice(length) for length in old.shape)]
+    return ((new - old).abs().max() / (old.max() - old.min())).nan_to_num(torch.inf).item()
+
+
+def growths(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What to try for each axis: (its name and ratio, config fields to try until one can be built)."""
     for layers, count in family.layer_counts(config).items():
-        yield layers, {layers: count + 2}
+        yield f"{layers} x1.5", [{layers: count + 2}, {layers: 2 * count}]
+    wide = family.axes["hidden"].size
     for name, axis in family.axes.items():
-        field = axis.size.split(" ")[0]
-        size = getattr(config, field, None)
-        if not axis.meets or not isinstance(size, int) or axis.meets == "unscaled":
+        if not axis.meets or axis.meets == "unscaled":
             continue
-        plain = axis.size == field
-        for ratio, label in ((2, f"{name} x2"), (1.5, f"{name} x1.5")):
-            if plain:
-                fields: dict[str, Any] = {field: int(size * ratio)}
-                for heads, width in family.follows.items():
-                    if width == field:
-                        fields[heads] = int(getattr(config, heads) * ratio)
-                if axis.groups and family.axes[axis.groups].size in family.size_fields():
-                    fields[family.axes[axis.groups].size] = int(getattr(config, family.axes[axis.groups].size) * ratio)
-                yield label, fields
+        for label, number in NUMBERS.items():
+            own = {field: _times(config, field, number) for field in _fields(family, axis.size)[:1]}
+            if axis.groups:
+                own |= {field: _times(config, field, number) for field in _fields(family, family.axes[axis.groups].size)[:1]}
+            if name == "kv_heads":
+                heads = next(a.size for a in family.axes.values() if a.groups == name)
+                own |= {heads: _times(config, heads, number)}
+            together = own | {field: _times(config, field, number) for field in _fields(family, wide)[:1]}
+            follow = {h: _times(config, h, number) for h, w in family.follows.items() if w in own}
+            yield f"{name} {label}", [own | follow, together]
+
+
+def _fields(family: Family, size: str) -> list[str]:
+    return [word for word in size.split(" or ")[-1].split() if word in family.size_fields()]
+
+
+def _times(config: PreTrainedConfig, field: str, number: float) -> int:
+    return int(getattr(config, field) * number)
 
 
 def verdicts(family: Family, model: PreTrainedModel) -> dict[str, str]:
-    """Each growth that was tried: "" where it is exact, else why not."""
-    found = {}
-    for name, fields in growths(family, model.config):
-        try:
-            error, reasons = error_of(family, model, changed(model.config, fields))
-        except Exception as failure:  # the class, the table or the plan refuses: not proven
-            found[name] = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
-            continue
-        found[name] = "" if error <= TOLERANCE else reasons or f"off by {error:.1e} of the outputs' spread"
-    return found
+    """For each axis and ratio "" where a growth with it was exact, else why not."""
+    exact: set[str] = set()
+    wrong: dict[str, str] = {}
+    for name, options in growths(family, model.config):
+        found = Trial(frozenset(), "")
+        for fields in options:
+            found = trial(family, model, fields)
+            if name in found.grew:
+                break
+        if found.wrong:
+            wrong[name] = found.wrong
+            wrong |= {other: found.wrong for other in found.grew - wrong.keys()}
+        elif name in found.grew:
+            exact |= found.grew
+        else:
+            wrong[name] = "it could not be grown by itself"
+    return wrong | dict.fromkeys(sorted(exact), "")

@@ -144,7 +144,7 @@ def _linear_maps(state: Draft) -> None:
 def _is_mixed(found: list[probe.Row]) -> bool:
     """Every row moves nearly every channel of the reader, here only: they write the residual stream."""
     share = sum(float(row.channels.float().mean()) for row in found) / len(found)
-    return share > 0.7 and not any(row.elsewhere for row in found)
+    return share > 0.6 and not any(row.elsewhere for row in found)
 
 
 def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> None:

@@ -53,7 +53,8 @@ AXES["gate"] = ("heads", "value")
 
 def _attention(writers: dict[str, list[Row]], width: int) -> Reading:
     """Queries move whole heads here, keys whole heads elsewhere, values one channel of each head elsewhere."""
-    head_dim = max(int(row.channels.sum()) for rows in writers.values() for row in rows if not row.elsewhere)
+    queries = [row for rows in writers.values() for row in rows if not row.elsewhere and row.channels.any()]
+    head_dim = max((int(row.channels.sum()) for row in queries), default=0)
     if head_dim < 2 or width % head_dim:
         raise Unresolved
     heads = width // head_dim

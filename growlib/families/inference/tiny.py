@@ -78,18 +78,18 @@ def _few_of(per_layer: list[Any]) -> list[Any]:
     return few + [per_layer[0]] * (3 - len(few))
 
 
-def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, spread: float = 0.15) -> PreTrainedModel:
     """A model in eval mode, every parameter drawn anew: a table that only works at initialisation must fail."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = model_class._from_config(copy.deepcopy(config), attn_implementation="eager")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            spread = 0.2 if parameter.ndim > 1 else 0.4
+            width = spread if parameter.ndim > 1 else 0.4
             centre = parameter.mean().round().item() if parameter.ndim == 1 else 0.0
             if not torch.isfinite(parameter).all() or name.endswith("A_log"):
                 continue
-            parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(centre + width * torch.randn(parameter.shape, generator=generator))
     return model.float().eval()
 
 

@@ -1,0 +1,71 @@
+"""What shapes and interventions cannot tell: a short list of tables that differ in one fact each."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+
+from transformers import PreTrainedConfig
+
+from growlib.families.schema import Axis, Dim, Family, size_of
+
+ROTARY_SHARES = ("partial_rotary_factor", "rope_parameters.partial_rotary_factor", "rotary_pct", "rotary_dim", "rope_dim")
+
+
+def of_hidden(family: Family) -> Iterator[Family]:
+    """Whether the class multiplies its embeddings by sqrt(hidden), and whether heads may grow with the width."""
+    for power, follows in product((0.0, 0.5), (family.follows, {})):
+        yield replace(family, embedding_power=power, follows=follows)
+        if not family.follows:
+            yield replace(family, embedding_power=0.5)
+            return
+
+
+def of_head_dim(family: Family, config: PreTrainedConfig) -> Iterator[Family]:
+    """How queries and keys are rotated and whether their product is scaled by 1/sqrt(head_dim)."""
+    queries = [name for name, axis in family.axes.items() if axis.meets == "query"]
+    for scaled_by in ("", "never"):
+        axes = {n: replace(a, scaled_by=scaled_by) if n in queries else a for n, a in family.axes.items()}
+        plain = replace(family, axes=axes)
+        yield plain
+        for halves_first in (True, False):
+            yield _rotated(plain, halves_first, None)
+            for share in ROTARY_SHARES:
+                value = size_of(share, config)
+                if value is not None and value != 1.0:
+                    yield _rotated(plain, halves_first, share)
+
+
+def _rotated(family: Family, halves_first: bool, share: str | None) -> Family:
+    """The table with each query and key axis split into rotary pairs, and a rest where a share is not rotated."""
+    axes: dict[str, Axis] = {}
+    for name, axis in family.axes.items():
+        if axis.meets not in ("query", "key"):
+            axes[name] = axis
+            continue
+        turned = replace(axis, meets=f"rotary_{axis.meets}", size=f"{axis.size} / 2")
+        if share and share.endswith("_dim"):
+            turned = replace(axis, meets="", size=f"{share} / 2")
+            axes[f"{name}_rest"] = replace(axis, size=f"{axis.size} - {share}")
+        elif share:
+            turned = replace(turned, size=f"{axis.size} * {share} / 2")
+            axes[f"{name}_rest"] = replace(axis, size=f"{axis.size} - {axis.size} * {share}")
+        axes[name] = turned
+    axes["half"] = Axis("2")
+    rows = {row: tuple(_rotated_dim(dim, family.axes, halves_first, bool(share)) for dim in layout) for row, layout in family.tensors.items()}
+    return replace(family, axes=axes, tensors=rows)
+
+
+def _rotated_dim(dim: Dim, axes: Mapping[str, Axis], halves_first: bool, partial: bool) -> Dim:
+    parts: list[tuple[str, ...]] = []
+    for part in dim.parts:
+        *outer, last = part
+        if last not in axes or axes[last].meets not in ("query", "key"):
+            parts.append(part)
+            continue
+        parts.append((*outer, "half", last) if halves_first else (*outer, last, "half"))
+        if partial:
+            parts.append((*outer, f"{last}_rest"))
+    by = dim.by
+    if partial and len(parts) > len(dim.parts) and not by:
+        by = parts[0][0] if len(dim.parts) == 1 and len(parts[0]) > 2 else ""
+    return replace(dim, parts=tuple(parts), by=by)
