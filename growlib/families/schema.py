@@ -124,7 +124,7 @@ class Family:
     def size_fields(self) -> frozenset[str]:
         """The config fields that say a size."""
         words = {word for axis in self.axes.values() for word in re.findall(r"[a-z_]\w*", axis.size)}
-        return frozenset(words - {"or"} | {stack.layers for stack in self.stacks})
+        return frozenset(words - {"or"} | {stack.layers for stack in self.stacks} | self.follows.keys())
 
     def layer_counts(self, config: Any) -> dict[str, int]:
         """The number of layers of each stack, by the field that says it."""
@@ -139,8 +139,8 @@ class Family:
         return name, None, 0
 
 
-def ratio(axis: str, old: int, new: int) -> str:
-    """The name of a growth in `Family.proven`: by a whole multiple or not."""
+def growth_name(axis: str, old: int, new: int) -> str:
+    """The name of an axis's growth in `Family.proven`: by a whole multiple, or at another ratio."""
     return f"{axis} x2" if new % old == 0 else f"{axis} x1.5"
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.families.inference import variants
-from growlib.families.inference.judge import trial, verdicts
+from growlib.families.inference.judge import followers, trial, verdicts
 from growlib.families.inference.label import draft
 from growlib.families.inference.tiny import class_of, tiny_config, tiny_model
 from growlib.families.schema import Family
@@ -28,8 +28,7 @@ def _first_exact(tables: list[Family], model: PreTrainedModel, axis: str) -> Fam
     for table in tables:
         field = table.axes[axis].size.split()[0]
         fields = {field: 2 * getattr(model.config, field)} if hasattr(model.config, field) else {}
-        if axis == "hidden":
-            fields |= {h: 2 * getattr(model.config, h) for h, w in table.follows.items() if w == field}
+        fields |= followers(table, model.config, fields, heads=axis == "hidden")
         tried = trial(table, model, fields)
         if not tried.wrong and f"{axis} x2" in tried.grew:
             return table

@@ -11,7 +11,7 @@ from growlib.apply import apply
 from growlib.checkpoint import empty_model, skeleton, skeleton_of
 from growlib.families.inference.sizes import changed
 from growlib.families.inference.tiny import inputs_of, run
-from growlib.families.schema import Family, ratio
+from growlib.families.schema import Family, growth_name
 from growlib.methods import method
 from growlib.plan import make_plan
 
@@ -32,7 +32,10 @@ def trial(family: Family, model: PreTrainedModel, fields: Mapping[str, Any]) -> 
     try:
         target = changed(model.config, fields)
         plan = make_plan(family, method("lossless"), 0, skeleton(model), skeleton_of(type(model), target))
-        grew = frozenset(ratio(n, plan.old_sizes[n], plan.new_sizes[n]) for n in plan.grows)
+        grew = frozenset(
+            name if name in plan.layers else growth_name(name, plan.old_sizes[name], plan.new_sizes[name])
+            for name in plan.grows
+        )
         if plan.reasons:
             return Trial(grew, "; ".join(plan.reasons))
         grown = empty_model(model, target, torch.float32)
@@ -57,7 +60,7 @@ def _distance(model: PreTrainedModel, grown: PreTrainedModel, seed: int) -> floa
 def growths(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """What to try for each axis: (its name and ratio, config fields to try until one can be built)."""
     for layers, count in family.layer_counts(config).items():
-        yield f"{layers} x1.5", [{layers: count + 2}, {layers: 2 * count}]
+        yield layers, [{layers: count + 2}, {layers: 2 * count}]
     wide = family.axes["hidden"].size
     for name, axis in family.axes.items():
         if not axis.meets or axis.meets == "unscaled":
@@ -70,8 +73,22 @@ def growths(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, lis
                 heads = next(a.size for a in family.axes.values() if a.groups == name)
                 own |= {heads: _times(config, heads, number)}
             together = own | {field: _times(config, field, number) for field in _fields(family, wide)[:1]}
-            follow = {h: _times(config, h, number) for h, w in family.follows.items() if w in own}
-            yield f"{name} {label}", [own | follow, together]
+            yield f"{name} {label}", [own | followers(family, config, own), together | followers(family, config, together, heads=False)]
+
+
+def followers(
+    family: Family, config: PreTrainedConfig, fields: Mapping[str, int], heads: bool = True
+) -> dict[str, int]:
+    """The fields that grow with these: the ones that say the same size again, and the heads."""
+    found = {}
+    for field, width in family.follows.items():
+        if width in fields and field not in fields:
+            same = getattr(config, field) == getattr(config, width)
+            if same:
+                found[field] = fields[width]
+            elif heads:
+                found[field] = getattr(config, field) * fields[width] // getattr(config, width)
+    return found
 
 
 def _fields(family: Family, size: str) -> list[str]:

@@ -36,6 +36,7 @@ class Draft:
     hints: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = field(default_factory=dict)  # module -> parts, by
     inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # module -> axes
+    streams: dict[int, str] = field(default_factory=dict)  # width -> axis, of norms over neither hidden nor heads
 
     def __post_init__(self) -> None:
         self.prefix = skeleton(self.model).prefix
@@ -99,6 +100,7 @@ def draft(model: PreTrainedModel) -> Family:
     state.sizes["hidden"] = state.hidden
     _linear_maps(state)
     _stack_norms(state)
+    _other_streams(state)
     for name, module in model.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
             row = state.row_of(f"{name}.{kind}".removeprefix(state.prefix) if name else kind)
@@ -131,7 +133,9 @@ def _linear_maps(state: Draft) -> None:
         found = probe.moved_by(state.model, name, probe.out_features(module))
         norm = _norm_after(state, name)
         if found and norm and all(r.channels.all() or not r.channels.any() for r in found[1]):
-            found = probe.moved_by(state.model, norm, probe.out_features(module)) or found
+            through = probe.moved_by(state.model, norm, probe.out_features(module))
+            if through and any(int(r.channels.sum()) > 1 for r in through[1]):
+                found = through
         if found and not _is_mixed(found[1]):
             readers.setdefault(found[0], {})[name] = found[1]
     for reader, writers in readers.items():
@@ -209,6 +213,16 @@ def _stack_norms(state: Draft) -> None:
             state.stacks[index] = replace(stack, inner_norms=inner, last_norm=last.removeprefix(block))
 
 
+def _other_streams(state: Draft) -> None:
+    """Norms over an axis of their own, such as factorised embeddings or a low-rank bottleneck."""
+    embedded = {m.embedding_dim for m in state.model.modules() if isinstance(m, nn.Embedding)}
+    for name, norm in state.norms.items():
+        width = state.seen.inputs[name].shape[-1]
+        if width != state.hidden and _writer_of(state, name) not in state.outputs:
+            kind = "embedding" if width in embedded else "low_rank"
+            state.streams[width] = state.axis(kind, width, "layer_norm" if norm.centred else "rms_norm", "")
+
+
 def _is_hidden(state: Draft, norm: str) -> bool:
     return state.seen.inputs[norm].shape[-1] == state.hidden and _writer_of(state, norm) not in state.outputs
 
@@ -281,6 +295,8 @@ def _dim(state: Draft, size: int, side: Any) -> Dim:
     if size == vocab:
         state.axis("vocab", size, "lookup", "")
         return Dim((("vocab",),), side)
+    if size in state.streams:
+        return Dim(((state.streams[size],),), side)
     heads = next((a for a in state.sizes if a.endswith("heads") and state.sizes[a] == size), None)
     return Dim(((heads,),), side) if heads and side == "write" else replace(FIXED, side=side)
 
@@ -331,6 +347,8 @@ def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> 
         if len(parts) == 1:
             size = [state.sizes[a] for a in parts[0]]
             axes = parts[0] if len(size) < 2 or shape[0] == size[0] * size[1] else parts[0][-1:]
+    elif shape[0] in state.streams:
+        axes = (state.streams[shape[0]],)
     elif shape[0] == state.hidden:
         stream = not _is_post_norm(state) and (_branch(state, name) or not _feeds(state, name))
         axes = ("raw",) if stream else ("hidden",)
@@ -356,10 +374,15 @@ def _family(state: Draft, base: Any, others: list[Build]) -> Family:
     if any(axis == "raw" for layout in state.rows.values() for d in layout for p in d.parts for axis in p):
         state.sizes["raw"] = state.hidden
     hints = {"hidden": "hidden", "raw": "hidden", "vocab": "vocab", "positions": "positions", **state.hints}
-    sizes = choose(state.sizes, hints, state.rows, state.row_of, base, others)
-    if sizes is None:
+    # A field that adds or removes tensors makes another architecture, whose sizes say nothing about this one.
+    rows = {state.row_of(base.base(name)) for name in base.shapes}
+    alike = [b for b in others if {state.row_of(base.base(name)) for name in b.skeleton.shapes} == rows]
+    bound = [b.field for b in others if b not in alike and getattr(base.config, b.field) == state.hidden]
+    sizes = choose(state.sizes, hints, state.rows, state.row_of, base, alike)
+    if "hidden" not in sizes:
         asked = f"inferring the table of {type(state.model).__name__}"
-        raise GrowError(asked, "no config fields explain the sizes of its tensors", "a table in growlib/families")
+        raise GrowError(asked, "no config field says how wide its blocks are", "a table in growlib/families")
+    state.rows = {row: tuple(_known(dim, sizes) for dim in layout) for row, layout in state.rows.items()}
     axes = {name: Axis(size, _meets(state, name), **_groups(state, name)) for name, size in sizes.items()}
     head = state.model.get_output_embeddings()
     names = {id(m): n for n, m in state.model.named_modules()}
@@ -372,8 +395,14 @@ def _family(state: Draft, base: Any, others: list[Build]) -> Family:
         tensors=state.rows,
         ties=_ties(state),
         head_norm=(head_norm or "").removeprefix(state.prefix),
-        follows=_follows(axes),
+        follows=_follows(axes) | {field: axes["hidden"].size for field in bound if field != axes["hidden"].size},
     )
+
+
+def _known(dim: Dim, sizes: dict[str, str]) -> Dim:
+    """A dimension whose axes have no known size stays as it is."""
+    known = all(axis in sizes for part in dim.parts for axis in part)
+    return dim if known else Dim(FIXED.parts, dim.side, offset=dim.offset)
 
 
 def _meets(state: Draft, axis: str) -> str:

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from growlib.families.inference.tiny import inputs_of
 
 POSITION = 1  # where rows are moved
+WIDEST = 600  # rows that are moved in one forward pass
 CHANGED = 1e-4  # of the size of what is compared
 
 
@@ -150,6 +151,8 @@ def moved_by(model: PreTrainedModel, site: str, width: int) -> tuple[str, list[R
 
     `site` may hold its channels in its last two dimensions (heads, head_dim). None where no linear map sees it.
     """
+    if width > WIDEST:
+        return None
     batch = width + 1  # the last copy is not moved
     found: list[tuple[str, list[Row]]] = []
     started = False

@@ -1,6 +1,6 @@
 """Which config field says which size, found by building a class at other sizes without memory for its values."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,6 +15,7 @@ from growlib.target import lengthen
 
 ABSENT = 72  # what a field that is None is set to
 CONSTANTS = range(2, 9)
+TRIES = 20_000  # of one group of axes
 
 # The parts of a dimension, its length, and the config under which it has that length.
 Check = tuple[tuple[tuple[str, ...], ...], int, PreTrainedConfig]
@@ -79,17 +80,23 @@ def choose(
     row_of: Any,
     base: Skeleton,
     others: Iterable[Build],
-) -> dict[str, str] | None:
-    """For each axis the expression of its size under which every dimension has its length in every build."""
+) -> dict[str, str]:
+    """For each axis the expression of its size under which every dimension has its length in every build.
+
+    Axes whose sizes no expressions explain are left out.
+    """
     others = list(others)
     present = [base, *(build.skeleton for build in others if not build.was_absent)]
     checks = [check for skeleton in present for check in _checks(sizes, layouts, row_of, skeleton)]
     options = {name: candidates(size, base.config, hints.get(name, name)) for name, size in sizes.items()}
-    chosen = _search(sorted(options, key=lambda name: len(options[name])), {}, options, checks)
-    if chosen:
-        for build in others:
-            if build.was_absent:
-                chosen = _with_field(chosen, build.field, list(_checks(sizes, layouts, row_of, build.skeleton)))
+    chosen: dict[str, str] = {}
+    for group in _groups(sizes, checks):
+        own = [check for check in checks if _axes(check) <= group]
+        budget = iter(range(TRIES))
+        chosen |= _search(sorted(group, key=lambda name: len(options[name])), {}, options, own, budget) or {}
+    for build in others:
+        if build.was_absent:
+            chosen = _with_field(chosen, build.field, _checks(chosen, layouts, row_of, build.skeleton))
     return chosen
 
 
@@ -103,17 +110,32 @@ def _checks(sizes: Mapping[str, int], layouts: Mapping[str, Layout], row_of: Any
     return [(parts, length, skeleton.config) for parts, length in found]
 
 
+def _groups(names: Iterable[str], checks: list[Check]) -> list[set[str]]:
+    """Axes that stand in one dimension, directly or through others, are chosen together."""
+    groups = [{name} for name in names]
+    for check in checks:
+        joined = [group for group in groups if group & _axes(check)]
+        groups = [group for group in groups if group not in joined] + [set().union(*joined)]
+    return groups
+
+
 def _search(
-    names: list[str], chosen: dict[str, str], options: Mapping[str, list[str]], checks: list[Check]
+    names: list[str],
+    chosen: dict[str, str],
+    options: Mapping[str, list[str]],
+    checks: list[Check],
+    budget: Iterator[int],
 ) -> dict[str, str] | None:
     if len(chosen) == len(names):
         return chosen
     name = names[len(chosen)]
     for expression in options[name]:
+        if next(budget, None) is None:
+            return None
         tried = {**chosen, name: expression}
         ready = [c for c in checks if {name} <= _axes(c) <= tried.keys()]
         if all(_holds(check, tried) for check in ready):
-            found = _search(names, tried, options, checks)
+            found = _search(names, tried, options, checks, budget)
             if found:
                 return found
     return None

@@ -13,7 +13,8 @@ from growlib.errors import GrowError
 
 # Small sizes, distinct where two of them could stand in one tensor, by the names that configs give them.
 SIZES = {
-    64: "hidden_size n_embd d_model n_embed dim embed_dim emb_dim word_embed_proj_dim embedding_size model_dim",
+    64: "hidden_size n_embd d_model n_embed dim embed_dim emb_dim model_dim",
+    48: "word_embed_proj_dim embedding_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads",
     2: "num_key_value_heads num_kv_heads n_kv_heads num_shared_experts n_shared_experts num_experts_per_tok moe_topk",
     24: "head_dim d_kv kv_channels attention_head_size qk_nope_head_dim",
@@ -59,10 +60,13 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config with small sizes. Everything else, per-layer lists aside, stays: it may decide what a tensor is."""
     fields = config.to_dict()
     old_layers = {fields[n] for n in SIZES[3].split() if isinstance(fields.get(n), int)}
+    wide = {fields[n] for n in SIZES[64].split() if isinstance(fields.get(n), int)}
     for name, value in list(fields.items()):
         if isinstance(value, bool) or name.startswith("_"):
             continue
-        if isinstance(value, int) and name in SIZE_OF:
+        if isinstance(value, int) and name in SIZE_OF and SIZE_OF[name] > 4 and value in wide:
+            fields[name] = 64  # a field that says the hidden size again goes on to do so
+        elif isinstance(value, int) and name in SIZE_OF:
             fields[name] = min(value, SIZE_OF[name]) if SIZE_OF[name] < 4 else SIZE_OF[name]
         elif isinstance(value, list) and len(value) in old_layers and len(value) > 3:
             fields[name] = _few_of(value)

@@ -13,11 +13,10 @@ ROTARY_SHARES = ("partial_rotary_factor", "rope_parameters.partial_rotary_factor
 
 def of_hidden(family: Family) -> Iterator[Family]:
     """Whether the class multiplies its embeddings by sqrt(hidden), and whether heads may grow with the width."""
-    for power, follows in product((0.0, 0.5), (family.follows, {})):
+    heads = {name: width for name, width in family.follows.items() if "head" in name}
+    same = {name: width for name, width in family.follows.items() if name not in heads}
+    for power, follows in product((0.0, 0.5), (same | heads, same) if heads else (same,)):
         yield replace(family, embedding_power=power, follows=follows)
-        if not family.follows:
-            yield replace(family, embedding_power=0.5)
-            return
 
 
 def of_head_dim(family: Family, config: PreTrainedConfig) -> Iterator[Family]:
