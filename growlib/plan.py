@@ -127,7 +127,7 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
         for c in family.conditions
         if c.grows in grows and not c.holds(target.config)
     ]
-    reasons += _config_reasons(family, source.config, target.config)
+    reasons += _config_reasons(family, layers, source.config, target.config)
     initializer_range = getattr(source.config, "initializer_range", 0.02)
     return GrowthPlan(
         method.name,
@@ -245,9 +245,19 @@ def _check_all_used(
         )
 
 
-def _config_reasons(family: Family, source: PreTrainedConfig, target: PreTrainedConfig) -> list[str]:
+def _follows_layers(old: Any, new: Any, stack: LayerMap) -> bool:
+    """A per-layer list that says for each layer that acts what it said for its source."""
+    if not (isinstance(old, list) and isinstance(new, list) and (len(old), len(new)) == (stack.old, len(stack.source))):
+        return False
+    return all(i or new[t] == old[s] for t, (s, i) in enumerate(zip(stack.source, stack.identity, strict=True)))
+
+
+def _config_reasons(
+    family: Family, layers: Mapping[str, LayerMap], source: PreTrainedConfig, target: PreTrainedConfig
+) -> list[str]:
     before, after = source.to_dict(), target.to_dict()
     known = _NEUTRAL_FIELDS | family.size_fields() | family.free_fields
+    known |= {key for key in before for stack in layers.values() if _follows_layers(before[key], after.get(key), stack)}
     return [
         f"{key} changes from {before.get(key)!r} to {after.get(key)!r}, which changes the function"
         for key in sorted(before.keys() | after.keys())

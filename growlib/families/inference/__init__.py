@@ -14,10 +14,12 @@ from growlib.families.schema import Family
 def infer(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> Family:
     """The table of a class, with the growths that were proven for it."""
     model_class = model_class or class_of(config)
-    small = tiny_config(config)
+    small = tiny_config(config, model_class)
     table = draft(tiny_model(model_class, small, spread=0.07))
     model = tiny_model(model_class, small)
     table = _first_exact(list(variants.of_hidden(table)), model, "hidden")
+    if "expert_ffn" in table.axes:
+        table = _first_exact(list(variants.of_pairs(table)), model, "expert_ffn")
     if any(axis.meets == "query" for axis in table.axes.values()):
         table = _first_exact(list(variants.of_head_dim(table, small)), model, "query")
     return replace(table, proven=verdicts(table, model))

@@ -70,8 +70,8 @@ def growths(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, lis
             if axis.groups:
                 own |= {field: _times(config, field, number) for field in _fields(family, family.axes[axis.groups].size)[:1]}
             if name == "kv_heads":
-                heads = next(a.size for a in family.axes.values() if a.groups == name)
-                own |= {heads: _times(config, heads, number)}
+                heads = [field for a in family.axes.values() if a.groups == name for field in _fields(family, a.size)[:1]]
+                own |= {field: _times(config, field, number) for field in heads}
             together = own | {field: _times(config, field, number) for field in _fields(family, wide)[:1]}
             yield f"{name} {label}", [own | followers(family, config, own), together | followers(family, config, together, heads=False)]
 

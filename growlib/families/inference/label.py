@@ -279,7 +279,8 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         reads = tuple(_dim(state, size, "read") for size in shape[1:2])
         return (_dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
-    if len(shape) == 3 and shape[0] not in (1, state.hidden):
+    stacked = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3} - {1, state.hidden}
+    if len(stacked) == 1 and len(shape) > 1 and shape[0] in stacked:
         return _expert_layout(state, name, kind, shape)
     if len(shape) == 1 and shape[0] == state.hidden and state.stack_of(name):
         return (Dim((("raw",),), "scale"),)  # such as a LayerScale
@@ -356,14 +357,18 @@ def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> 
 
 
 def _expert_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> Layout:
-    """Stacked experts: [experts, .., ..], the feed-forward maps of all of them."""
+    """Stacked experts: [experts, .., ..], the feed-forward maps of all of them, and [experts, ..], their biases."""
     experts = Dim(((state.axis("experts", shape[0], "", name),),), "write")
-    if state.hidden not in shape[1:]:
-        return (experts, FIXED, FIXED)
-    other = next((size for size in shape[1:] if size != state.hidden), state.hidden)
     down = "down" in kind or "output" in kind or "w2" in kind
+    if state.hidden not in shape[1:] and (len(shape) == 3 or down):
+        return (experts, *(FIXED,) * (len(shape) - 1))
+    other = next((size for size in shape[1:] if size != state.hidden), state.hidden)
+    if len(shape) == 2 and down:
+        return (experts, Dim((("hidden",),), "write"))
     ffn = other if down or "gate_up" not in kind else other // 2
     axis = state.axis("expert_ffn", ffn, "elementwise", name)
+    if len(shape) == 2:
+        return (experts, Dim(((axis,),) * (other // ffn), "write"))
     unit = Dim(((axis,),) * (other // ffn), "read" if down else "write")
     stream = Dim((("hidden",),), "write" if down else "read")
     stream = _raw_if(state, name, stream)

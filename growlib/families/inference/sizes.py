@@ -91,9 +91,7 @@ def choose(
     options = {name: candidates(size, base.config, hints.get(name, name)) for name, size in sizes.items()}
     chosen: dict[str, str] = {}
     for group in _groups(sizes, checks):
-        own = [check for check in checks if _axes(check) <= group]
-        budget = iter(range(TRIES))
-        chosen |= _search(sorted(group, key=lambda name: len(options[name])), {}, options, own, budget) or {}
+        chosen |= _solve(group, options, checks)
     for build in others:
         if build.was_absent:
             chosen = _with_field(chosen, build.field, _checks(chosen, layouts, row_of, build.skeleton))
@@ -117,6 +115,26 @@ def _groups(names: Iterable[str], checks: list[Check]) -> list[set[str]]:
         joined = [group for group in groups if group & _axes(check)]
         groups = [group for group in groups if group not in joined] + [set().union(*joined)]
     return groups
+
+
+def _solve(group: set[str], options: Mapping[str, list[str]], checks: list[Check]) -> dict[str, str]:
+    """Choose for a group of axes; where no choice fits, for what is left without one of them."""
+    own = [check for check in checks if _axes(check) <= group]
+    found = _search(sorted(group, key=lambda name: len(options[name])), {}, options, own, iter(range(TRIES)))
+    if found is not None or len(group) < 2:
+        return found or {}
+    rest = [group - {name} for name in sorted(group, key=lambda name: (name in ("hidden", "vocab"), name))]
+    smaller = [{k: v for part in _groups(g, _within(g, own)) for k, v in _try(part, options, own).items()} for g in rest]
+    return max(smaller, key=len)
+
+
+def _within(group: set[str], checks: list[Check]) -> list[Check]:
+    return [check for check in checks if _axes(check) <= group]
+
+
+def _try(group: set[str], options: Mapping[str, list[str]], checks: list[Check]) -> dict[str, str]:
+    names = sorted(group, key=lambda name: len(options[name]))
+    return _search(names, {}, options, _within(group, checks), iter(range(TRIES // 10))) or {}
 
 
 def _search(

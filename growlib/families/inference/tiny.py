@@ -19,6 +19,7 @@ SIZES = {
     2: "num_key_value_heads num_kv_heads n_kv_heads num_shared_experts n_shared_experts num_experts_per_tok moe_topk",
     24: "head_dim d_kv kv_channels attention_head_size qk_nope_head_dim",
     20: "v_head_dim",
+    16: "mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size",
     8: "qk_rope_head_dim num_local_experts num_experts n_routed_experts rotary_dim moe_num_experts patch_size",
     12: "kv_lora_rank",
     28: "q_lora_rank",
@@ -35,9 +36,9 @@ SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()
 LARGEST = 3_000_000  # parameters of a model that is still tiny
 
 _MAPPINGS = (
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     modeling_auto.MODEL_MAPPING_NAMES,
 )
@@ -56,15 +57,41 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
-def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config with small sizes. Everything else, per-layer lists aside, stays: it may decide what a tensor is."""
+def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+    """The config with small sizes. Everything else, per-layer lists aside, stays: it may decide what a tensor is.
+
+    Raises GrowError where no small model of the class can be built and run.
+    """
+    fields = _small(config)
+    head_dim = {"head_dim": 16} if "head_dim" in fields else {}
+    no_groups = {"num_key_value_heads": 4} if "num_key_value_heads" in fields else {}
+    unset = {name: SIZE_OF[name] for name, value in fields.items() if value is None and name in SIZE_OF}
+    wrong: Exception | None = None
+    for more in ({}, head_dim, no_groups, no_groups | head_dim, unset, unset | head_dim):
+        try:
+            small = type(config).from_dict({**fields, **more})
+            with torch.device("meta"):
+                count = sum(p.numel() for p in model_class(copy.deepcopy(small)).parameters())
+            if count <= LARGEST:
+                model = tiny_model(model_class, small)
+                run(model, inputs_of(model))
+                return small
+            wrong = wrong or ValueError(f"its small model has {count:,} parameters")
+        except Exception as error:  # whatever a class of transformers raises
+            wrong = wrong or error
+    asked = f"building a tiny {model_class.__name__}"
+    reason = str(wrong).strip().splitlines() or [type(wrong).__name__]
+    raise GrowError(asked, reason[0], "a class that can be built at small sizes, or a table in growlib/families")
+
+
+def _small(config: PreTrainedConfig) -> dict[str, Any]:
     fields = config.to_dict()
     old_layers = {fields[n] for n in SIZES[3].split() if isinstance(fields.get(n), int)}
     wide = {fields[n] for n in SIZES[64].split() if isinstance(fields.get(n), int)}
     for name, value in list(fields.items()):
         if isinstance(value, bool) or name.startswith("_"):
             continue
-        if isinstance(value, int) and name in SIZE_OF and SIZE_OF[name] > 4 and value in wide:
+        if isinstance(value, int) and SIZE_OF.get(name) == 48 and value in wide:
             fields[name] = 64  # a field that says the hidden size again goes on to do so
         elif isinstance(value, int) and name in SIZE_OF:
             fields[name] = min(value, SIZE_OF[name]) if SIZE_OF[name] < 4 else SIZE_OF[name]
@@ -72,7 +99,9 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
             fields[name] = _few_of(value)
         elif name.endswith("_token_id") and value is not None:
             fields[name] = 0
-    return type(config).from_dict(fields)
+    if "qk_rope_head_dim" in fields and "head_dim" in fields:
+        fields["head_dim"] = fields["qk_rope_head_dim"]  # latent attention calls its rotated share so
+    return fields
 
 
 def _few_of(per_layer: list[Any]) -> list[Any]:
@@ -94,6 +123,7 @@ def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, spr
             if not torch.isfinite(parameter).all() or name.endswith("A_log"):
                 continue
             parameter.copy_(centre + width * torch.randn(parameter.shape, generator=generator))
+    model.config.use_cache = False
     return model.float().eval()
 
 

@@ -19,6 +19,18 @@ def of_hidden(family: Family) -> Iterator[Family]:
         yield replace(family, embedding_power=power, follows=follows)
 
 
+def of_pairs(family: Family) -> Iterator[Family]:
+    """Whether the two halves of a gated map, such as gate and up, lie one after the other or interleaved."""
+    for by in (False, True):
+        rows = {row: tuple(_paired(dim, by) for dim in layout) for row, layout in family.tensors.items()}
+        yield replace(family, tensors=rows)
+
+
+def _paired(dim: Dim, by: bool) -> Dim:
+    twice = len(dim.parts) > 1 and len(set(dim.parts)) == 1 and len(dim.parts[0]) == 1
+    return replace(dim, by=dim.parts[0][0]) if twice and by else dim
+
+
 def of_head_dim(family: Family, config: PreTrainedConfig) -> Iterator[Family]:
     """How queries and keys are rotated and whether their product is scaled by 1/sqrt(head_dim)."""
     queries = [name for name, axis in family.axes.items() if axis.meets == "query"]
