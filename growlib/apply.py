@@ -126,6 +126,8 @@ def write_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: _Draw) -> Tensor
             new = part.mean(dim, keepdim=True) * axis_map.write
         case "free":
             new = _free(part, dim, grown, axis_map, draw)
+        case "faint":
+            new = axis_map.spread * draw.normal(grown)
         case "zero":
             new = torch.zeros_like(grown)
     return torch.where(_new(axis_map, dim, part), new, grown)

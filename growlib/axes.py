@@ -20,7 +20,8 @@ class AxisMap:
     copies of i. Where `source[j] = -1` the entry is new: `new_writes` and `new_reads` say what it holds.
 
     A value is *free* where the other side of the axis is zero. Free values are drawn around the source's mean
-    along the axis, `spread` times the source's standard deviation wide.
+    along the axis, `spread` times the source's standard deviation wide. *Faint* ones are drawn around zero: too small
+    to be seen by a norm over the axis, large enough to learn from.
     """
 
     old: int
@@ -29,7 +30,7 @@ class AxisMap:
     write: float = 1.0
     gain: float = 1.0
     tied_gain: float = 1.0  # one more factor on the norm before a head that is tied to the embedding
-    new_writes: Literal["zero", "mean", "free"] = "free"
+    new_writes: Literal["zero", "mean", "free", "faint"] = "free"
     new_reads: Literal["zero", "free"] = "zero"
     new_shift: Literal["zero", "mean"] = "zero"  # what a norm's bias holds on new entries
     new_scale: Literal["free", "zero"] = "free"  # what a norm's weight holds on new entries

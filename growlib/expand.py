@@ -22,7 +22,7 @@ def plan(small_ckpt: Source, target_config: Target, method: str | Method = "loss
 
 
 def _plan(model: PreTrainedModel, target_config: Target, method: str | Method, seed: int) -> GrowthPlan:
-    family = families.family(model.config.model_type)
+    family = families.family_of(model.config, type(model))
     chosen = methods.method(method)
     layers = chosen if chosen.depth else methods.method("lossless")  # so that make_plan can say that depth is missing
     config = target.resolve(model.config, target_config, family, lambda old, new: layer_map(layers, old, new).source)

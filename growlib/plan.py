@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from growlib.axes import AxisMap, LayerMap
 from growlib.errors import GrowError
-from growlib.families.schema import Dim, Family, Layout, Stack
+from growlib.families.schema import Dim, Family, Layout, Stack, growth_name
 from growlib.methods import Method
 
 Shape = tuple[int, ...]
@@ -127,6 +127,7 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
         for c in family.conditions
         if c.grows in grows and not c.holds(target.config)
     ]
+    reasons += _unproven(family, old, new, grows)
     reasons += _config_reasons(family, layers, source.config, target.config)
     initializer_range = getattr(source.config, "initializer_range", 0.02)
     return GrowthPlan(
@@ -141,6 +142,15 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
         tuple(dict.fromkeys(reasons)),
         initializer_range,
     )
+
+
+def _unproven(family: Family, old: Mapping[str, int], new: Mapping[str, int], grows: set[str]) -> list[str]:
+    """Why growths of an inferred table are not known to be exact."""
+    if family.proven is None:
+        return []
+    names = {name: growth_name(name, old[name], new[name]) if name in family.axes else name for name in grows}
+    wrong = {name: family.proven.get(growth, "it was not tried") for name, growth in names.items()}
+    return [f"growth of {name} is not proven for {family.model_type}: {why}" for name, why in wrong.items() if why]
 
 
 def layer_map(method: Method, old: int, new: int) -> LayerMap:
@@ -158,8 +168,16 @@ def _maps(
         if axis.meets:
             maps[name] = method.width(name, axis, old, new)
             if axis.scaled_by == "never" or (axis.scaled_by and not getattr(config, axis.scaled_by)):
-                maps[name] = dataclasses.replace(maps[name], write=1.0)
+                maps[name] = _unscaled(maps[name])
     return maps
+
+
+def _unscaled(axis_map: AxisMap) -> AxisMap:
+    """The map of queries whose scores are not divided by sqrt(head_dim)."""
+    wider = (axis_map.new / axis_map.old) ** 0.5
+    if axis_map.new_writes == "zero":  # queries under a norm, whose weight holds the scale
+        return dataclasses.replace(axis_map, gain=axis_map.gain / wider)
+    return dataclasses.replace(axis_map, write=axis_map.write / wider)
 
 
 def _entries(

@@ -22,7 +22,7 @@ def axis_kinds(axis_map: AxisMap, side: Side) -> np.ndarray:
     names = list(KINDS)
     new = {
         "read": {"free": "new", "zero": "zero"}[axis_map.new_reads],
-        "write": {"free": "new", "zero": "zero", "mean": "mean"}[axis_map.new_writes],
+        "write": {"free": "new", "faint": "new", "zero": "zero", "mean": "mean"}[axis_map.new_writes],
         "scale": {"free": "mean", "zero": "zero"}[axis_map.new_scale],
         "shift": axis_map.new_shift,
     }[side]

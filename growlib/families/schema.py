@@ -2,8 +2,8 @@
 
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ MEETS = (
     "key",
     "rotary_query",  # the same under rotary embedding, counted in pairs
     "rotary_key",
+    "normed_rotary_query",  # the same with an RMSNorm before the rotation
+    "normed_rotary_key",
 )
 
 
@@ -104,6 +106,7 @@ class Family:
     embedding_power: float = 0.0  # the class multiplies embeddings by hidden ** this
     free_fields: frozenset[str] = frozenset()
     proven: Mapping[str, str] | None = None  # growth -> "" or why it is not exact; None: a table that tests hold
+    candidates: Sequence[Sequence[str]] = ()  # of an inferred table: what was tried, and "" or why it was dropped
     follows: Mapping[str, str] = field(default_factory=dict)
     conditions: tuple[Condition, ...] = ()
 
@@ -211,11 +214,15 @@ def layout_text(layout: Layout) -> str:
 
 def read_family(path: Path) -> Family:
     """Read one table. The file's name is the model type."""
-    table = tomllib.loads(path.read_text())
+    return from_table(path.stem, tomllib.loads(path.read_text()), path.name)
+
+
+def from_table(model_type: str, table: dict[str, Any], where: str) -> Family:
+    """A table as plain data, as a Family. Raises GrowError for a key or a word that means nothing."""
     rows = table.pop("config", {})
     try:
         family = Family(
-            model_type=path.stem,
+            model_type=model_type,
             axes={name: Axis(**facts) for name, facts in table.pop("axes").items()},
             tensors={name: parse_layout(text) for name, text in table.pop("tensors").items()},
             ties=table.pop("ties", {}),
@@ -223,21 +230,38 @@ def read_family(path: Path) -> Family:
             conditions=tuple(_condition(row) for row in table.pop("conditions", [])),
             free_fields=frozenset(rows.pop("free", [])),
             follows=rows.pop("follows", {}),
+            candidates=tuple(tuple(pair) for pair in table.pop("candidates", [])),
             **table,
             **rows,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise GrowError(f"reading the family table {path.name}", str(error), "the keys of schema.Family") from error
+        raise GrowError(f"reading the family table {where}", str(error), "the keys of schema.Family") from error
     for name, axis in family.axes.items():
         if axis.meets and axis.meets not in MEETS:
-            raise GrowError(f"reading {path.name}", f"axis {name} meets {axis.meets!r}", ", ".join(MEETS))
+            raise GrowError(f"reading {where}", f"axis {name} meets {axis.meets!r}", ", ".join(MEETS))
     return family
 
 
+def to_table(family: Family) -> dict[str, Any]:
+    """The inverse of `from_table`."""
+    return {
+        "head_norm": family.head_norm,
+        "embedding_power": family.embedding_power,
+        "stacks": [asdict(stack) for stack in family.stacks],
+        "axes": {name: asdict(axis) for name, axis in family.axes.items()},
+        "tensors": {row: layout_text(layout) for row, layout in family.tensors.items()},
+        "ties": dict(family.ties),
+        "config": {"free": sorted(family.free_fields), "follows": dict(family.follows)},
+        "conditions": [asdict(condition) for condition in family.conditions],
+        "proven": family.proven and dict(family.proven),
+        "candidates": [list(candidate) for candidate in family.candidates],
+    }
+
+
 def _stack(
-    layers: str, block: str, writers: list[str], inner_norms: list[str] | None = None, last_norm: str = ""
+    layers: str, block: str, writers: Sequence[str], inner_norms: Sequence[str] = (), last_norm: str = ""
 ) -> Stack:
-    return Stack(layers, block, tuple(writers), tuple(inner_norms or ()), last_norm)
+    return Stack(layers, block, tuple(writers), tuple(inner_norms), last_norm)
 
 
 def _condition(row: dict[str, Any]) -> Condition:

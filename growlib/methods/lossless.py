@@ -134,6 +134,16 @@ def rotary_dot_product(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap
     return _dot_product(name, axis, old, new, source, inexact if N % n else "")
 
 
+def normed_dot_product(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """The same under an RMSNorm over the axis: writers times sqrt(N / n) keep the mean square, the norm's weight
+    takes it back. New entries are zero in queries and faint in keys: their share of the mean square is 1e-6."""
+    is_query = axis.meets.endswith("query")
+    axis_map = rotary_dot_product(name, axis, old, new)
+    wider = (new[name] / old[name]) ** 0.5
+    gain = 1.0 if is_query else 1 / wider
+    return replace(axis_map, write=wider, gain=gain, new_writes="zero" if is_query else "faint", spread=1e-3)
+
+
 RULES = {
     "lookup": lookup,
     "linear": append,
@@ -148,6 +158,8 @@ RULES = {
     "key": dot_product,
     "rotary_query": rotary_dot_product,
     "rotary_key": rotary_dot_product,
+    "normed_rotary_query": normed_dot_product,
+    "normed_rotary_key": normed_dot_product,
 }
 
 

@@ -49,6 +49,10 @@ class Draft:
                 return stack.block + name[len(stack.block) - 1 + len(str(layer)) :]
         return name
 
+    def key(self, module: str) -> str:
+        """A module's name with `*` for the layer's number."""
+        return self.row_of(module.removeprefix(self.prefix) + ".")
+
     def stack_of(self, module: str) -> Stack | None:
         name = module.removeprefix(self.prefix) + "."
         return next((stack for stack in self.stacks if stack.layer_of(name) is not None), None)
@@ -152,7 +156,6 @@ def _is_mixed(found: list[probe.Row]) -> bool:
 
 
 def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> None:
-    module = state.model.get_submodule(reader)
     width = state.seen.inputs[reader].shape[-1]
     reading = read_rows(writers, width)
     names = {}
@@ -172,10 +175,9 @@ def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> Non
     def named(part: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(names[axis] for axis in part if axis in names)
 
-    state.inputs[reader] = named(reading.reader)
+    state.inputs[state.key(reader)] = named(reading.reader)
     for name, (parts, by) in reading.writers.items():
-        state.outputs[name] = (tuple(named(part) for part in parts), names.get(by, ""))
-    del module
+        state.outputs[state.key(name)] = (tuple(named(part) for part in parts), names.get(by, ""))
 
 
 def _norm_after(state: Draft, name: str) -> str | None:
@@ -218,13 +220,13 @@ def _other_streams(state: Draft) -> None:
     embedded = {m.embedding_dim for m in state.model.modules() if isinstance(m, nn.Embedding)}
     for name, norm in state.norms.items():
         width = state.seen.inputs[name].shape[-1]
-        if width != state.hidden and _writer_of(state, name) not in state.outputs:
+        if width != state.hidden and not _writes_unit(state, name):
             kind = "embedding" if width in embedded else "low_rank"
             state.streams[width] = state.axis(kind, width, "layer_norm" if norm.centred else "rms_norm", "")
 
 
 def _is_hidden(state: Draft, norm: str) -> bool:
-    return state.seen.inputs[norm].shape[-1] == state.hidden and _writer_of(state, norm) not in state.outputs
+    return state.seen.inputs[norm].shape[-1] == state.hidden and not _writes_unit(state, norm)
 
 
 def _writer_of(state: Draft, norm: str) -> str | None:
@@ -239,6 +241,12 @@ def _writer_of(state: Draft, norm: str) -> str | None:
             if probe.rows(given) <= heads:
                 return name
     return None
+
+
+def _writes_unit(state: Draft, norm: str) -> bool:
+    """The norm reads a linear map whose rows are known: queries, keys, units."""
+    writer = _writer_of(state, norm)
+    return writer is not None and state.key(writer) in state.outputs
 
 
 def _branch(state: Draft, norm: str) -> bool:
@@ -312,15 +320,15 @@ def _lookup(state: Draft, name: str, size: int) -> str:
 
 def _linear_layout(state: Draft, name: str, module: nn.Module, kind: str) -> Layout:
     features_in, features_out = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)  # type: ignore[union-attr]
-    if name in state.outputs:
-        parts, by = state.outputs[name]
+    if state.key(name) in state.outputs:
+        parts, by = state.outputs[state.key(name)]
         write = Dim(parts, "write", by)
     else:
         write = _dim(state, features_out, "write")
     if kind == "bias":
         return (write,)
-    if name in state.inputs:
-        read = Dim((state.inputs[name],), "read")
+    if state.key(name) in state.inputs:
+        read = Dim((state.inputs[state.key(name)],), "read")
     else:
         read = _raw_if(state, name, _dim(state, features_in, "read"))
     return (read, write) if isinstance(module, Conv1D) else (write, read)
@@ -341,10 +349,9 @@ def _raw_if(state: Draft, name: str, dim: Dim) -> Dim:
 def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> Layout:
     side: Any = "scale" if kind == "weight" else "shift"
     offset = state.norms[name].offset if side == "scale" else 0.0
-    writer = _writer_of(state, name)
     axes: tuple[str, ...] = ("fixed",)
-    if writer in state.outputs:
-        parts, _ = state.outputs[writer or ""]
+    if _writes_unit(state, name):
+        parts, _ = state.outputs[state.key(_writer_of(state, name) or "")]
         if len(parts) == 1:
             size = [state.sizes[a] for a in parts[0]]
             axes = parts[0] if len(size) < 2 or shape[0] == size[0] * size[1] else parts[0][-1:]

@@ -11,19 +11,21 @@ from growlib.families.schema import Axis, Dim, Family, size_of
 ROTARY_SHARES = ("partial_rotary_factor", "rope_parameters.partial_rotary_factor", "rotary_pct", "rotary_dim", "rope_dim")
 
 
-def of_hidden(family: Family) -> Iterator[Family]:
+def of_hidden(family: Family) -> Iterator[tuple[str, Family]]:
     """Whether the class multiplies its embeddings by sqrt(hidden), and whether heads may grow with the width."""
     heads = {name: width for name, width in family.follows.items() if "head" in name}
     same = {name: width for name, width in family.follows.items() if name not in heads}
     for power, follows in product((0.0, 0.5), (same | heads, same) if heads else (same,)):
-        yield replace(family, embedding_power=power, follows=follows)
+        name = "embeddings times sqrt(hidden)" if power else "embeddings as they are"
+        name += ", heads grow with hidden" if follows != same else ", heads stay" if heads else ""
+        yield name, replace(family, embedding_power=power, follows=follows)
 
 
-def of_pairs(family: Family) -> Iterator[Family]:
+def of_pairs(family: Family) -> Iterator[tuple[str, Family]]:
     """Whether the two halves of a gated map, such as gate and up, lie one after the other or interleaved."""
     for by in (False, True):
         rows = {row: tuple(_paired(dim, by) for dim in layout) for row, layout in family.tensors.items()}
-        yield replace(family, tensors=rows)
+        yield "gate and up interleaved" if by else "gate, then up", replace(family, tensors=rows)
 
 
 def _paired(dim: Dim, by: bool) -> Dim:
@@ -31,29 +33,33 @@ def _paired(dim: Dim, by: bool) -> Dim:
     return replace(dim, by=dim.parts[0][0]) if twice and by else dim
 
 
-def of_head_dim(family: Family, config: PreTrainedConfig) -> Iterator[Family]:
+def of_head_dim(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, Family]]:
     """How queries and keys are rotated and whether their product is scaled by 1/sqrt(head_dim)."""
     queries = [name for name, axis in family.axes.items() if axis.meets == "query"]
     for scaled_by in ("", "never"):
         axes = {n: replace(a, scaled_by=scaled_by) if n in queries else a for n, a in family.axes.items()}
         plain = replace(family, axes=axes)
-        yield plain
+        scale = "scores over sqrt(head_dim)" if not scaled_by else "scores of a fixed scale"
+        yield f"no rotation, {scale}", plain
         for halves_first in (True, False):
-            yield _rotated(plain, halves_first, None)
+            pairs = "rotated by halves" if halves_first else "rotated by neighbours"
+            yield f"{pairs}, {scale}", _rotated(plain, halves_first, None)
             for share in ROTARY_SHARES:
                 value = size_of(share, config)
                 if value is not None and value != 1.0:
-                    yield _rotated(plain, halves_first, share)
+                    yield f"{pairs}, {share} of it, {scale}", _rotated(plain, halves_first, share)
 
 
 def _rotated(family: Family, halves_first: bool, share: str | None) -> Family:
     """The table with each query and key axis split into rotary pairs, and a rest where a share is not rotated."""
     axes: dict[str, Axis] = {}
+    scaled = [layout[0].parts[0] for layout in family.tensors.values() if layout[0].side == "scale"]
     for name, axis in family.axes.items():
         if axis.meets not in ("query", "key"):
             axes[name] = axis
             continue
-        turned = replace(axis, meets=f"rotary_{axis.meets}", size=f"{axis.size} / 2")
+        normed = "normed_" if any(name in part for part in scaled) else ""
+        turned = replace(axis, meets=f"{normed}rotary_{axis.meets}", size=f"{axis.size} / 2")
         if share and share.endswith("_dim"):
             turned = replace(axis, meets="", size=f"{share} / 2")
             axes[f"{name}_rest"] = replace(axis, size=f"{axis.size} - {share}")
