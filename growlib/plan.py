@@ -232,7 +232,7 @@ def _identity_constant(stack: Stack, row: str, layer: int, layers: LayerMap) -> 
 
 
 def _shape(layout: Layout, sizes: Mapping[str, int], shape: Shape) -> Shape:
-    """The shape that a layout has under these sizes. An axis without a size (labels) keeps its length in `shape`."""
+    """The shape that a layout has under these sizes. An axis without a size (`fixed`) keeps its length in `shape`."""
     return tuple(
         sum(prod(sizes[axis] for axis in part) for part in dim.parts) if dim.parts[0][0] in sizes else length
         for dim, length in zip(layout, shape, strict=True)

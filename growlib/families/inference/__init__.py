@@ -58,7 +58,7 @@ def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Fami
     """The table of a class at tiny sizes, with the candidates that were tried and the growths that were proven."""
     table = draft(tiny_model(model_class, small, spread=0.07))
     model = tiny_model(model_class, small)
-    table = _first_exact(table, variants.of_hidden(table), model, "hidden")
+    table = _first_exact(table, variants.of_hidden(table, small), model, "hidden")
     if "expert_ffn" in table.axes:
         table = _first_exact(table, variants.of_pairs(table), model, "expert_ffn")
     if any(axis.meets == "query" for axis in table.axes.values()):

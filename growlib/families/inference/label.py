@@ -15,8 +15,10 @@ from growlib.families.inference import probe
 from growlib.families.inference.probe import Norm, Trace
 from growlib.families.inference.rows import Unresolved, read_rows
 from growlib.families.inference.sizes import Build, builds, choose
+from growlib.families.inference.tiny import vocabulary
 from growlib.families.schema import Axis, Dim, Family, Layout, Stack
 
+MOST = 0.6  # of the channels: more than one of at least two heads
 FIXED = Dim((("fixed",),), "write")
 HINTS = {"heads": "head", "kv_heads": "k", "query": "head_dim", "key": "head_dim", "value": "head_dim"}
 
@@ -136,7 +138,7 @@ def _linear_maps(state: Draft) -> None:
         known.add(row)
         found = probe.moved_by(state.model, name, probe.out_features(module))
         norm = _norm_after(state, name)
-        if found and norm and all(r.channels.all() or not r.channels.any() for r in found[1]):
+        if found and norm and _share(found[1]) > MOST:
             through = probe.moved_by(state.model, norm, probe.out_features(module))
             if through and any(int(r.channels.sum()) > 1 for r in through[1]):
                 found = through
@@ -151,8 +153,12 @@ def _linear_maps(state: Draft) -> None:
 
 def _is_mixed(found: list[probe.Row]) -> bool:
     """Every row moves nearly every channel of the reader, here only: they write the residual stream."""
-    share = sum(float(row.channels.float().mean()) for row in found) / len(found)
-    return share > 0.6 and not any(row.elsewhere for row in found)
+    return _share(found) > MOST and not any(row.elsewhere for row in found)
+
+
+def _share(found: list[probe.Row]) -> float:
+    """The share of the reader's channels that a row moves, on average."""
+    return sum(float(row.channels.float().mean()) for row in found) / len(found)
 
 
 def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> None:
@@ -191,8 +197,8 @@ def _norm_after(state: Draft, name: str) -> str | None:
 
 def _norm_before(state: Draft, given: set[bytes]) -> str | None:
     """The norm with a weight whose output is read here."""
-    for norm in state.norms:
-        if hasattr(state.model.get_submodule(norm), "weight") and given <= probe.rows(state.seen.outputs[norm]):
+    for norm, facts in state.norms.items():
+        if facts.scale and given <= probe.rows(state.seen.outputs[norm]):
             return norm
     return None
 
@@ -298,7 +304,7 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
 
 
 def _dim(state: Draft, size: int, side: Any) -> Dim:
-    vocab = getattr(state.model.config, "vocab_size", None)
+    vocab = vocabulary(state.model)
     if size == state.hidden:
         return Dim((("hidden",),), side)
     if size == vocab:
@@ -312,7 +318,7 @@ def _dim(state: Draft, size: int, side: Any) -> Dim:
 
 def _lookup(state: Draft, name: str, size: int) -> str:
     last = name.rpartition(".")[2]
-    if size == getattr(state.model.config, "vocab_size", None):
+    if size == vocabulary(state.model):
         return state.axis("vocab", size, "lookup", "")
     kind = "types" if "type" in last else "positions" if "pos" in last or last == "wpe" else "lookup"
     return state.axis(kind, size, "lookup", "")
@@ -347,8 +353,9 @@ def _raw_if(state: Draft, name: str, dim: Dim) -> Dim:
 
 
 def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> Layout:
-    side: Any = "scale" if kind == "weight" else "shift"
-    offset = state.norms[name].offset if side == "scale" else 0.0
+    norm = state.norms[name]
+    side: Any = "scale" if kind == norm.scale else "shift"
+    offset = norm.offset if side == "scale" else 0.0
     axes: tuple[str, ...] = ("fixed",)
     if _writes_unit(state, name):
         parts, _ = state.outputs[state.key(_writer_of(state, name) or "")]

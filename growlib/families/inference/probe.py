@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from growlib.families.inference.tiny import inputs_of
 
-POSITION = 1  # where rows are moved
+POSITION = 3  # where rows are moved: several tokens stand before it
 WIDEST = 600  # rows that are moved in one forward pass
 CHANGED = 1e-4  # of the size of what is compared
 
@@ -32,7 +32,8 @@ class Norm:
     """What a normalising module does: its output does not change when its input is doubled."""
 
     centred: bool  # LayerNorm: nor when a constant is added
-    offset: float  # 1 where the weight w acts as 1 + w
+    scale: str = ""  # the name of the parameter that is its weight, where it has one
+    offset: float = 0.0  # 1 where the weight w acts as 1 + w
 
 
 @dataclass
@@ -127,14 +128,16 @@ def norm_of(module: nn.Module, width: int) -> Norm | None:
     y = call(x)
     if y is None or y.shape != x.shape or not _close(call(1e3 * x), call(2e3 * x)) or _close(y, x) or not y.std() > 0:
         return None
-    weight = getattr(module, "weight", None)
-    offset = 0.0
-    if weight is not None:
-        kept = weight.clone()
-        weight.fill_(0.0)
-        offset = 0.0 if _spread(call(x)) < 1e-6 else 1.0
-        weight.copy_(kept)
-    return Norm(centred=_close(call(1e3 * x + 500), call(1e3 * x)), offset=offset)
+    centred = _close(call(1e3 * x + 500), call(1e3 * x))
+    for name, parameter in module.named_parameters():
+        kept = parameter.clone()
+        for offset in (0.0, 1.0):
+            parameter.fill_(-offset)
+            silent = _spread(call(x)) < 1e-6
+            parameter.copy_(kept)
+            if silent:
+                return Norm(centred, name, offset)
+    return Norm(centred)
 
 
 def _spread(y: Tensor | None) -> float:

@@ -127,12 +127,21 @@ def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, spr
     return model.float().eval()
 
 
+def vocabulary(model: PreTrainedModel) -> int:
+    """The number of rows of the embedding that reads token ids; 0 where there is none."""
+    try:
+        embedding: Any = model.get_input_embeddings()
+    except NotImplementedError:
+        return 0
+    return embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else 0
+
+
 def inputs_of(model: PreTrainedModel, batch: int = 2, length: int = 7, seed: int = 1) -> dict[str, Tensor]:
     """Keyword arguments of the forward, the same in every row of the batch where `batch` is above 2."""
     generator = torch.Generator().manual_seed(seed)
     rows = 1 if batch > 2 else batch
     config: Any = model.config
-    name = model.main_input_name
+    name = model.main_input_name if vocabulary(model) == 0 or config.is_encoder_decoder else "input_ids"
     if name == "pixel_values":
         side = getattr(config, "image_size", 32)
         height, width = (side, side) if isinstance(side, int) else side
@@ -142,9 +151,11 @@ def inputs_of(model: PreTrainedModel, batch: int = 2, length: int = 7, seed: int
         frames = 2 * getattr(config, "max_source_positions", 32)
         given = {name: torch.randn(rows, getattr(config, "num_mel_bins", 80), frames, generator=generator)}
     else:
-        given = {"input_ids": torch.randint(5, config.vocab_size - 1, (rows, length), generator=generator)}
+        words = vocabulary(model)
+        given = {"input_ids": torch.randint(5, words - 1, (rows, length), generator=generator)}
     if config.is_encoder_decoder:
-        given["decoder_input_ids"] = torch.randint(5, config.vocab_size - 1, (rows, length), generator=generator)
+        words = vocabulary(model)
+        given["decoder_input_ids"] = torch.randint(5, words - 1, (rows, length), generator=generator)
     return {
         key: value.expand(batch, *value.shape[1:]).contiguous() if rows == 1 else value for key, value in given.items()
     }

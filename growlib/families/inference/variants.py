@@ -11,10 +11,10 @@ from growlib.families.schema import Axis, Dim, Family, size_of
 ROTARY_SHARES = ("partial_rotary_factor", "rope_parameters.partial_rotary_factor", "rotary_pct", "rotary_dim", "rope_dim")
 
 
-def of_hidden(family: Family) -> Iterator[tuple[str, Family]]:
+def of_hidden(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, Family]]:
     """Whether the class multiplies its embeddings by sqrt(hidden), and whether heads may grow with the width."""
-    heads = {name: width for name, width in family.follows.items() if "head" in name}
-    same = {name: width for name, width in family.follows.items() if name not in heads}
+    same = {name: wide for name, wide in family.follows.items() if getattr(config, name) == getattr(config, wide)}
+    heads = {name: wide for name, wide in family.follows.items() if name not in same}
     for power, follows in product((0.0, 0.5), (same | heads, same) if heads else (same,)):
         name = "embeddings times sqrt(hidden)" if power else "embeddings as they are"
         name += ", heads grow with hidden" if follows != same else ", heads stay" if heads else ""
