@@ -35,6 +35,8 @@ def grow_tensor(entry: "Entry", source: Tensor, plan: "GrowthPlan") -> Tensor:
     deviation = work.std(correction=0)
     if work.ndim > 1 and deviation == 0:
         deviation = deviation + plan.initializer_range  # an all-zero matrix still needs free values that differ
+    if not entry.layout:  # a single number
+        return source.detach().clone()
     offset = entry.layout[0].offset
     work = torch.full_like(work, entry.constant) if entry.constant is not None else work + offset
     grown = _grow(work, entry.layout, plan, _Draw(plan.seed, entry.name, deviation))

@@ -1,6 +1,7 @@
 """The plan of a growth: frozen, printable, comparable. It says what is exact before anything runs."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -116,7 +117,10 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
     if method.depth is None and grows & depths.keys():
         raise GrowError(asked, f"{method.name} does not grow depth", f"method '{method.name}+lossless'")
     maps = _maps(family, method, old, new, source.config)
-    layers = {name: layer_map(method, old[name], new[name]) for name in depths}
+    layers = {
+        stack.layers: _fitted(layer_map(method, old[stack.layers], new[stack.layers]), stack, source, target)
+        for stack in family.stacks
+    }
     entries = tuple(_entries(asked, family, old, new, maps, layers, source, target))
     _check_shapes(asked, entries, old, new)
     _check_all_used(asked, family, layers, entries, source)
@@ -142,6 +146,41 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
         tuple(dict.fromkeys(reasons)),
         initializer_range,
     )
+
+
+def _fitted(layers: LayerMap, stack: Stack, source: Skeleton, target: Skeleton) -> LayerMap:
+    """The map with each layer copied from one with the same tensors: in some classes the first layers are others."""
+    have, need = _layer_kinds(stack, source), _layer_kinds(stack, target)
+    if all(need.get(t) == have.get(s) for t, s in enumerate(layers.source)):
+        return layers
+    like = [[s for s in range(layers.old) if have.get(s) == need.get(t)] for t in range(len(layers.source))]
+    if not all(like):
+        return layers
+    nearest = tuple(min(like[t], key=lambda s: abs(s - source)) for t, source in enumerate(layers.source))
+    if not any(layers.identity):
+        return dataclasses.replace(layers, source=nearest)
+    acting, place = {}, 0  # old layers in their order, each in the first place that takes it
+    for t, options in enumerate(like):
+        if place in options:
+            acting[t], place = place, place + 1
+    if place < layers.old:
+        return layers
+    chosen = tuple(acting.get(t, nearest[t]) for t in range(len(nearest)))
+    return dataclasses.replace(layers, source=chosen, identity=tuple(t not in acting for t in range(len(chosen))))
+
+
+def _layer_kinds(stack: Stack, model: Skeleton) -> dict[int, set[str]]:
+    """For each layer the names of its tensors, and what the config's per-layer lists say about it."""
+    kinds: dict[int, set[str]] = defaultdict(set)
+    for name in model.shapes:
+        base = model.base(name)
+        if (layer := stack.layer_of(base)) is not None:
+            kinds[layer].add(base.partition(f".{layer}.")[2])
+    for key, value in model.config.to_dict().items():
+        if isinstance(value, list) and len(value) == len(kinds):
+            for layer, entry in enumerate(value):
+                kinds[layer].add(f"{key}: {entry}")
+    return dict(kinds)
 
 
 def _unproven(family: Family, old: Mapping[str, int], new: Mapping[str, int], grows: set[str]) -> list[str]:
@@ -197,20 +236,25 @@ def _entries(
             f"the {family.model_type} table does not know the tensors {', '.join(unknown)}",
             "a class whose tensors are all in growlib/families",
         )
-    tied = any(alias in target.aliases for alias in family.ties)
-    embedding = (new["hidden"] / old["hidden"]) ** -family.embedding_power
+    tied = any({alias, name} & target.aliases for alias, name in family.ties.items())
+    wider = new["hidden"] / old["hidden"]
+    embedding, head = wider**-family.embedding_power, wider**-family.head_power
     for name, new_shape in target.shapes.items():
         row, stack, layer = family.template(target.base(name))
+        if family.ties.get(row) in target.aliases:
+            row = family.ties[row]  # a tied head that stands before its embedding grows as the embedding does
         layout, constant, origin = family.tensors[row], None, row
         if stack:
             origin = row.replace("*", str(layers[stack.layers].source[layer]), 1)
             constant = _identity_constant(stack, row, layer, layers[stack.layers])
-        found = source.find(origin) or source.find(family.ties.get(origin, origin))
+        names = [origin, *(n for pair in family.ties.items() if origin in pair for n in pair)]
+        found = next((full for base in names if (full := source.find(base))), None)
         if found is None and not row.endswith(".bias"):
             raise GrowError(asked, f"the source has no tensor for {name}", "a class with the source's tensors")
-        factor = embedding if layout[0].parts == (("vocab",),) and layout[0].side == "read" else 1.0
-        if tied and row.startswith(family.head_norm + "."):
-            factor = (maps[layout[0].parts[0][0]].tied_gain if maps else 1.0) / embedding
+        looked_up = layout and layout[0].parts == (("vocab",),) and layout[0].side == "read"
+        factor = embedding if looked_up else 1.0
+        if row.startswith(family.head_norm + ".") and (not stack or layer == len(layers[stack.layers].source) - 1):
+            factor = head * (maps[layout[0].parts[0][0]].tied_gain / embedding if tied and maps else 1.0)
         old_shape = source.shapes[found] if found else _shape(layout, old, new_shape)
         yield Entry(name, found, layout, old_shape, new_shape, constant, factor)
 

@@ -104,6 +104,7 @@ class Family:
     ties: Mapping[str, str]
     head_norm: str
     embedding_power: float = 0.0  # the class multiplies embeddings by hidden ** this
+    head_power: float = 0.0  # and what its head reads by hidden ** this
     free_fields: frozenset[str] = frozenset()
     proven: Mapping[str, str] | None = None  # growth -> "" or why it is not exact; None: a table that tests hold
     candidates: Sequence[Sequence[str]] = ()  # of an inferred table: what was tried, and "" or why it was dropped
@@ -197,8 +198,8 @@ def parse_layout(text: str) -> Layout:
 
 
 def layout_text(layout: Layout) -> str:
-    """The inverse of `parse_layout`."""
-    if layout[0].side in ("scale", "shift"):
+    """The inverse of `parse_layout`; a single number has the layout `->`."""
+    if layout and layout[0].side in ("scale", "shift"):
         return ("1 + " if layout[0].offset else "") + f"{layout[0].side} {' '.join(layout[0].parts[0])}"
     words = []
     for dim in layout:
@@ -247,6 +248,7 @@ def to_table(family: Family) -> dict[str, Any]:
     return {
         "head_norm": family.head_norm,
         "embedding_power": family.embedding_power,
+        "head_power": family.head_power,
         "stacks": [asdict(stack) for stack in family.stacks],
         "axes": {name: asdict(axis) for name, axis in family.axes.items()},
         "tensors": {row: layout_text(layout) for row, layout in family.tensors.items()},

@@ -52,7 +52,7 @@ def trial(family: Family, model: PreTrainedModel, fields: Mapping[str, Any]) -> 
 
 def _distance(model: PreTrainedModel, grown: PreTrainedModel, seed: int) -> float:
     given = inputs_of(model, seed=seed)
-    old, new = run(model, given), run(grown, given)
+    old, new = run(model, given).double(), run(grown, given).double()
     new = new[tuple(slice(length) for length in old.shape)]
     return ((new - old).abs().max() / (old.max() - old.min())).nan_to_num(torch.inf).item()
 

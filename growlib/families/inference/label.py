@@ -344,6 +344,8 @@ def _raw_if(state: Draft, name: str, dim: Dim) -> Dim:
     """The axis `raw` where a map reads the residual stream without a norm's weight before it."""
     if dim.side != "read" or dim.parts != (("hidden",),) or _is_post_norm(state):
         return dim
+    if state.model.get_output_embeddings() is state.model.get_submodule(name) and _head_norm(state):
+        return dim  # what the class does between its last norm and its head is a candidate of its own
     while name and name not in state.seen.inputs:
         name = name.rpartition(".")[0]
     given = state.seen.inputs.get(name)
@@ -403,17 +405,13 @@ def _family(state: Draft, base: Any, others: list[Build]) -> Family:
         raise GrowError(asked, "no config field says how wide its blocks are", "a table in growlib/families")
     state.rows = {row: tuple(_known(dim, sizes) for dim in layout) for row, layout in state.rows.items()}
     axes = {name: Axis(size, _meets(state, name), **_groups(state, name)) for name, size in sizes.items()}
-    head = state.model.get_output_embeddings()
-    names = {id(m): n for n, m in state.model.named_modules()}
-    head_name = names.get(id(head), "")
-    head_norm = _norm_before(state, probe.rows(state.seen.inputs[head_name])) if head_name in state.seen.inputs else None
     return Family(
         model_type=base.config.model_type,
         stacks=tuple(_with_writers(state, stack) for stack in state.stacks),
         axes=axes,
         tensors=state.rows,
         ties=_ties(state),
-        head_norm=(head_norm or "").removeprefix(state.prefix),
+        head_norm=state.key(_head_norm(state)).rstrip("."),
         follows=_follows(axes) | {field: axes["hidden"].size for field in bound if field != axes["hidden"].size},
     )
 
@@ -422,6 +420,12 @@ def _known(dim: Dim, sizes: dict[str, str]) -> Dim:
     """A dimension whose axes have no known size stays as it is."""
     known = all(axis in sizes for part in dim.parts for axis in part)
     return dim if known else Dim(FIXED.parts, dim.side, offset=dim.offset)
+
+
+def _head_norm(state: Draft) -> str:
+    """The last norm over the residual stream."""
+    ran = list(state.seen.outputs)
+    return max((n for n in state.norms if _is_hidden(state, n) and state.norms[n].scale), key=ran.index, default="")
 
 
 def _meets(state: Draft, axis: str) -> str:

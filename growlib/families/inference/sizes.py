@@ -63,7 +63,7 @@ def candidates(size: int, config: PreTrainedConfig, hint: str) -> list[str]:
         if isinstance(value, int) and not isinstance(value, bool) and value > 1 and not name.endswith("_token_id")
     }
     # A field whose name says what the axis is for comes first, then the usual names.
-    order = sorted(numbers, key=lambda name: (hint not in name, name not in SIZE_OF))
+    order = sorted(numbers, key=lambda name: (-sum(word in name for word in hint.split()), name not in SIZE_OF))
     found = [name for name in order if numbers[name] == size]
     found += [f"{a} / {b}" for a in order for b in order if a != b and numbers[a] == size * numbers[b]]
     found += [f"{a} * {c}" for a in order for c in CONSTANTS if numbers[a] * c == size]
@@ -120,7 +120,7 @@ def _groups(names: Iterable[str], checks: list[Check]) -> list[set[str]]:
 def _solve(group: set[str], options: Mapping[str, list[str]], checks: list[Check]) -> dict[str, str]:
     """Choose for a group of axes; where no choice fits, for what is left without one of them."""
     own = [check for check in checks if _axes(check) <= group]
-    found = _search(sorted(group, key=lambda name: len(options[name])), {}, options, own, iter(range(TRIES)))
+    found = _search(_order(group, options), {}, options, own, iter(range(TRIES)))
     if found is not None or len(group) < 2:
         return found or {}
     rest = [group - {name} for name in sorted(group, key=lambda name: (name in ("hidden", "vocab"), name))]
@@ -133,8 +133,12 @@ def _within(group: set[str], checks: list[Check]) -> list[Check]:
 
 
 def _try(group: set[str], options: Mapping[str, list[str]], checks: list[Check]) -> dict[str, str]:
-    names = sorted(group, key=lambda name: len(options[name]))
-    return _search(names, {}, options, _within(group, checks), iter(range(TRIES // 10))) or {}
+    return _search(_order(group, options), {}, options, _within(group, checks), iter(range(TRIES // 10))) or {}
+
+
+def _order(group: Iterable[str], options: Mapping[str, list[str]]) -> list[str]:
+    """Heads before what is counted per head: their number may show in no shape at all."""
+    return sorted(group, key=lambda name: ("heads" not in name, len(options[name])))
 
 
 def _search(

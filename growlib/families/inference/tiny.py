@@ -16,7 +16,7 @@ SIZES = {
     64: "hidden_size n_embd d_model n_embed dim embed_dim emb_dim model_dim",
     48: "word_embed_proj_dim embedding_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads",
-    2: "num_key_value_heads num_kv_heads n_kv_heads num_shared_experts n_shared_experts num_experts_per_tok moe_topk",
+    2: "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok moe_topk",
     24: "head_dim d_kv kv_channels attention_head_size qk_nope_head_dim",
     20: "v_head_dim",
     16: "mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size",
@@ -30,6 +30,7 @@ SIZES = {
     3: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers",
     101: "vocab_size",
     32: "image_size hidden_size_per_layer_input",
+    5: "num_shared_experts n_shared_experts",
     1: "first_k_dense_replace n_group topk_group num_dense_layers moe_layer_start_index",
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
@@ -111,7 +112,7 @@ def _few_of(per_layer: list[Any]) -> list[Any]:
     return few + [per_layer[0]] * (3 - len(few))
 
 
-def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, spread: float = 0.15) -> PreTrainedModel:
+def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, spread: float = 0.1) -> PreTrainedModel:
     """A model in eval mode, every parameter drawn anew: a table that only works at initialisation must fail."""
     torch.manual_seed(0)
     model = model_class._from_config(copy.deepcopy(config), attn_implementation="eager")

@@ -12,13 +12,13 @@ ROTARY_SHARES = ("partial_rotary_factor", "rope_parameters.partial_rotary_factor
 
 
 def of_hidden(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, Family]]:
-    """Whether the class multiplies its embeddings by sqrt(hidden), and whether heads may grow with the width."""
+    """Whether the class scales its embeddings or its head by the width, and whether heads may grow with the width."""
     same = {name: wide for name, wide in family.follows.items() if getattr(config, name) == getattr(config, wide)}
     heads = {name: wide for name, wide in family.follows.items() if name not in same}
-    for power, follows in product((0.0, 0.5), (same | heads, same) if heads else (same,)):
-        name = "embeddings times sqrt(hidden)" if power else "embeddings as they are"
-        name += ", heads grow with hidden" if follows != same else ", heads stay" if heads else ""
-        yield name, replace(family, embedding_power=power, follows=follows)
+    scales = {"": (0.0, 0.0), ", embeddings times sqrt(hidden)": (0.5, 0.0), ", head over sqrt(hidden)": (0.0, -0.5)}
+    for (name, powers), follows in product(scales.items(), (same | heads, same) if heads else (same,)):
+        told = "heads grow with it" if follows != same else "heads stay"
+        yield told + name, replace(family, embedding_power=powers[0], head_power=powers[1], follows=follows)
 
 
 def of_pairs(family: Family) -> Iterator[tuple[str, Family]]:
@@ -53,7 +53,7 @@ def of_head_dim(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str,
 def _rotated(family: Family, halves_first: bool, share: str | None) -> Family:
     """The table with each query and key axis split into rotary pairs, and a rest where a share is not rotated."""
     axes: dict[str, Axis] = {}
-    scaled = [layout[0].parts[0] for layout in family.tensors.values() if layout[0].side == "scale"]
+    scaled = [layout[0].parts[0] for layout in family.tensors.values() if layout and layout[0].side == "scale"]
     for name, axis in family.axes.items():
         if axis.meets not in ("query", "key"):
             axes[name] = axis
