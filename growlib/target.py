@@ -22,9 +22,7 @@ Target = PreTrainedConfig | Mapping[str, Any] | str | Path
 LayerSources = Callable[[int, int], Sequence[int]]
 
 
-def resolve(
-    source: PreTrainedConfig, target: Target, family: Family, layer_sources: LayerSources
-) -> PreTrainedConfig:
+def resolve(source: PreTrainedConfig, target: Target, family: Family, layer_sources: LayerSources) -> PreTrainedConfig:
     """The target's config, of the source's class. The source's config stays as it is.
 
     Per-layer lists that the target does not name (`layer_types`, ...) grow with the layers.

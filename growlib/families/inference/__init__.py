@@ -31,7 +31,9 @@ def cached(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None =
     switches = {k: v for k, v in small.to_dict().items() if k not in ("_name_or_path", "architectures", "dtype")}
     key = (model_class, json.dumps(switches, sort_keys=True, default=str))
     if key not in _known:
-        _known[key] = _from_disk(key, small) if model_class.__module__.startswith("transformers.") else examine(*key[:1], small)
+        _known[key] = (
+            _from_disk(key, small) if model_class.__module__.startswith("transformers.") else examine(*key[:1], small)
+        )
     return _known[key]
 
 
@@ -74,9 +76,7 @@ def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Fami
     return replace(table, proven=verdicts(table, model))
 
 
-def _first_exact(
-    table: Family, candidates: Iterable[tuple[str, Family]], model: PreTrainedModel, axis: str
-) -> Family:
+def _first_exact(table: Family, candidates: Iterable[tuple[str, Family]], model: PreTrainedModel, axis: str) -> Family:
     """The first candidate under which the axis doubles exactly; the table as it is where none does."""
     heard = list(table.candidates)
     for name, candidate in candidates:

@@ -68,12 +68,19 @@ def growths(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, lis
         for label, number in NUMBERS.items():
             own = {field: _times(config, field, number) for field in _fields(family, axis.size)[:1]}
             if axis.groups:
-                own |= {field: _times(config, field, number) for field in _fields(family, family.axes[axis.groups].size)[:1]}
+                own |= {
+                    field: _times(config, field, number) for field in _fields(family, family.axes[axis.groups].size)[:1]
+                }
             if name == "kv_heads":
-                heads = [field for a in family.axes.values() if a.groups == name for field in _fields(family, a.size)[:1]]
+                heads = [
+                    field for a in family.axes.values() if a.groups == name for field in _fields(family, a.size)[:1]
+                ]
                 own |= {field: _times(config, field, number) for field in heads}
             together = own | {field: _times(config, field, number) for field in _fields(family, wide)[:1]}
-            yield f"{name} {label}", [own | followers(family, config, own), together | followers(family, config, together, heads=False)]
+            yield (
+                f"{name} {label}",
+                [own | followers(family, config, own), together | followers(family, config, together, heads=False)],
+            )
 
 
 def followers(
@@ -111,7 +118,7 @@ def verdicts(family: Family, model: PreTrainedModel) -> dict[str, str]:
                 break
         if found.wrong:
             wrong[name] = found.wrong
-            wrong |= {other: found.wrong for other in found.grew - wrong.keys()}
+            wrong |= dict.fromkeys(found.grew - wrong.keys(), found.wrong)
         elif name in found.grew:
             exact |= found.grew
         else:

@@ -1,8 +1,6 @@
 """The table of a class, read off a tiny model of it. What it says is a guess until the judge has heard it."""
 
-import re
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,86 +10,28 @@ from transformers.pytorch_utils import Conv1D
 from growlib.checkpoint import skeleton
 from growlib.errors import GrowError
 from growlib.families.inference import probe
-from growlib.families.inference.probe import Norm, Trace
+from growlib.families.inference.draft import (
+    Draft,
+    feeds,
+    head_norm_of,
+    is_branch,
+    is_hidden,
+    is_post_norm,
+    norm_after,
+    norm_before,
+    stacks_of,
+    width_of,
+    writer_of,
+    writes_unit,
+)
 from growlib.families.inference.rows import Unresolved, read_rows
 from growlib.families.inference.sizes import Build, builds, choose
 from growlib.families.inference.tiny import vocabulary
 from growlib.families.schema import Axis, Dim, Family, Layout, Stack
+from growlib.plan import Skeleton
 
 MOST = 0.6  # of the channels: more than one of at least two heads
 FIXED = Dim((("fixed",),), "write")
-HINTS = {"heads": "head", "kv_heads": "k", "query": "head_dim", "key": "head_dim", "value": "head_dim"}
-
-
-@dataclass
-class Draft:
-    """What is known so far. Rows are base-model tensor names with `*` for the layer's number."""
-
-    model: PreTrainedModel
-    hidden: int
-    stacks: list[Stack]
-    seen: Trace
-    norms: dict[str, Norm]  # by module name
-    rows: dict[str, Layout] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    meets: dict[str, str] = field(default_factory=dict)
-    hints: dict[str, str] = field(default_factory=dict)
-    outputs: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = field(default_factory=dict)  # module -> parts, by
-    inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # module -> axes
-    streams: dict[int, str] = field(default_factory=dict)  # width -> axis, of norms over neither hidden nor heads
-
-    def __post_init__(self) -> None:
-        self.prefix = skeleton(self.model).prefix
-
-    def row_of(self, name: str) -> str:
-        """The row of a base-model tensor name."""
-        for stack in self.stacks:
-            layer = stack.layer_of(name)
-            if layer is not None:
-                return stack.block + name[len(stack.block) - 1 + len(str(layer)) :]
-        return name
-
-    def key(self, module: str) -> str:
-        """A module's name with `*` for the layer's number."""
-        return self.row_of(module.removeprefix(self.prefix) + ".")
-
-    def stack_of(self, module: str) -> Stack | None:
-        name = module.removeprefix(self.prefix) + "."
-        return next((stack for stack in self.stacks if stack.layer_of(name) is not None), None)
-
-    def axis(self, name: str, size: int, meets: str, module: str) -> str:
-        """An axis of this size for a module: one of its own in each stack, and for each size."""
-        stack = self.stack_of(module)
-        first = self.stacks[0] if self.stacks else None
-        scope = "" if stack in (None, first) else re.split(r"\W", stack.block)[0] + "_" if stack else ""
-        for number in range(1, 9):
-            full = scope + name + (f"_{number}" if number > 1 else "")
-            if self.sizes.setdefault(full, size) == size:
-                self.meets.setdefault(full, meets)
-                self.hints.setdefault(full, HINTS.get(name, name))
-                if len(self.stacks) > 1:
-                    word = re.split(r"\W", (stack or self.stacks[0]).block)[0]
-                    self.hints[full] = f"{word} {self.hints[full]}"
-                return full
-        raise Unresolved
-
-
-def stacks_of(base: Any, others: list[Build]) -> list[Stack]:
-    """The lists of modules that get longer with a config field."""
-    found: dict[str, str] = {}
-    for build in others:
-        for prefix, count in _lengths(build.skeleton).items():
-            if count > _lengths(base).get(prefix, count):
-                found.setdefault(prefix, build.field)
-    return [Stack(layers, f"{prefix}*.", ()) for prefix, layers in found.items()]
-
-
-def _lengths(model: Any) -> dict[str, int]:
-    layers: dict[str, set[str]] = {}
-    for name in model.shapes:
-        if match := re.match(r"(.*?\.|)(\d+)\.", model.base(name)):
-            layers.setdefault(match.group(1), set()).add(match.group(2))
-    return {prefix: len(numbers) for prefix, numbers in layers.items()}
 
 
 def draft(model: PreTrainedModel) -> Family:
@@ -102,7 +42,7 @@ def draft(model: PreTrainedModel) -> Family:
     stacks = stacks_of(base, others)
     widths = {n: t.shape[-1] for n, t in seen.inputs.items()}
     norms = {n: k for n, m in model.named_modules() if n in widths and (k := probe.norm_of(m, widths[n]))}
-    state = Draft(model, _hidden(model, stacks, base.prefix, seen), stacks, seen, norms)
+    state = Draft(model, width_of(model, stacks, base.prefix, seen), stacks, seen, norms)
     state.sizes["hidden"] = state.hidden
     _linear_maps(state)
     _stack_norms(state)
@@ -118,15 +58,6 @@ def draft(model: PreTrainedModel) -> Family:
     return _family(state, base, others)
 
 
-def _hidden(model: PreTrainedModel, stacks: list[Stack], prefix: str, seen: Trace) -> int:
-    for stack in stacks:
-        block = prefix + stack.block.replace("*.", "0")
-        if block in seen.outputs:
-            return seen.outputs[block].shape[-1]
-    widths = Counter(p.shape[0] for p in model.parameters() if p.ndim == 1)
-    return widths.most_common(1)[0][0]
-
-
 def _linear_maps(state: Draft) -> None:
     """Find what the dimensions of the linear maps are that no residual stream passes."""
     readers: dict[str, dict[str, list[probe.Row]]] = {}
@@ -137,7 +68,7 @@ def _linear_maps(state: Draft) -> None:
             continue
         known.add(row)
         found = probe.moved_by(state.model, name, probe.out_features(module))
-        norm = _norm_after(state, name)
+        norm = norm_after(state, name)
         if found and norm and _share(found[1]) > MOST:
             through = probe.moved_by(state.model, norm, probe.out_features(module))
             if through and any(int(r.channels.sum()) > 1 for r in through[1]):
@@ -166,12 +97,16 @@ def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> Non
     reading = read_rows(writers, width)
     names = {}
     for axis, size in reading.sizes.items():
-        meets = {"ffn": "elementwise", "heads": "query_heads", "kv_heads": "key_heads", "value": "linear"}.get(axis, axis)
+        meets = {"ffn": "elementwise", "heads": "query_heads", "kv_heads": "key_heads", "value": "linear"}.get(
+            axis, axis
+        )
         if axis == "kv_heads" and size in (1, reading.sizes["heads"]):
             continue  # one KV head never grows; as many as query heads are the same axis
         outside = state.stack_of(reader) is None
         if axis == "ffn" and outside:
-            names[axis] = "hidden" if _is_post_norm(state) and size == state.hidden else state.axis("pooled", size, meets, reader)
+            names[axis] = (
+                "hidden" if is_post_norm(state) and size == state.hidden else state.axis("pooled", size, meets, reader)
+            )
         else:
             names[axis] = state.axis(axis, size, meets, reader)
     kv_heads = reading.sizes.get("kv_heads")
@@ -186,38 +121,17 @@ def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> Non
         state.outputs[state.key(name)] = (tuple(named(part) for part in parts), names.get(by, ""))
 
 
-def _norm_after(state: Draft, name: str) -> str | None:
-    """The norm that reads a module's output as it is."""
-    written = probe.rows(state.seen.outputs[name])
-    for norm in state.norms:
-        if probe.rows(state.seen.inputs[norm]) == written:
-            return norm
-    return None
-
-
-def _norm_before(state: Draft, given: set[bytes]) -> str | None:
-    """The norm with a weight whose output is read here."""
-    for norm, facts in state.norms.items():
-        if facts.scale and given <= probe.rows(state.seen.outputs[norm]):
-            return norm
-    return None
-
-
-def _is_post_norm(state: Draft) -> bool:
-    return any(stack.last_norm for stack in state.stacks)
-
-
 def _stack_norms(state: Draft) -> None:
     """For each stack, the last norm of a post-norm block and the ones before it."""
     for index, stack in enumerate(state.stacks):
         block = state.prefix + stack.block.replace("*.", "0.")
-        inside = [norm for norm in state.norms if norm.startswith(block) and _is_hidden(state, norm)]
+        inside = [norm for norm in state.norms if norm.startswith(block) and is_hidden(state, norm)]
         written = state.seen.outputs.get(block[:-1])
         if written is None:
             continue
         last = next((n for n in inside if probe.rows(state.seen.outputs[n]) == probe.rows(written)), None)
-        if last and not _branch(state, last):
-            inner = tuple(n.removeprefix(block) for n in inside if n != last and not _branch(state, n))
+        if last and not is_branch(state, last):
+            inner = tuple(n.removeprefix(block) for n in inside if n != last and not is_branch(state, n))
             state.stacks[index] = replace(stack, inner_norms=inner, last_norm=last.removeprefix(block))
 
 
@@ -226,60 +140,9 @@ def _other_streams(state: Draft) -> None:
     embedded = {m.embedding_dim for m in state.model.modules() if isinstance(m, nn.Embedding)}
     for name, norm in state.norms.items():
         width = state.seen.inputs[name].shape[-1]
-        if width != state.hidden and not _writes_unit(state, name):
+        if width != state.hidden and not writes_unit(state, name):
             kind = "embedding" if width in embedded else "low_rank"
             state.streams[width] = state.axis(kind, width, "layer_norm" if norm.centred else "rms_norm", "")
-
-
-def _is_hidden(state: Draft, norm: str) -> bool:
-    return state.seen.inputs[norm].shape[-1] == state.hidden and not _writes_unit(state, norm)
-
-
-def _writer_of(state: Draft, norm: str) -> str | None:
-    """The linear map whose output the norm reads as it is: its rows, or whole heads of them."""
-    given = state.seen.inputs[norm]
-    for name, module in state.model.named_modules():
-        if not probe.is_linear(module) or name not in state.seen.outputs:
-            continue
-        written = state.seen.outputs[name]
-        if written.shape[-1] % given.shape[-1] == 0:
-            heads = probe.rows(written.reshape(*written.shape[:-1], -1, given.shape[-1]))
-            if probe.rows(given) <= heads:
-                return name
-    return None
-
-
-def _writes_unit(state: Draft, norm: str) -> bool:
-    """The norm reads a linear map whose rows are known: queries, keys, units."""
-    writer = _writer_of(state, norm)
-    return writer is not None and state.key(writer) in state.outputs
-
-
-def _branch(state: Draft, norm: str) -> bool:
-    """A norm between a block's last linear map and the residual sum."""
-    return _writer_of(state, norm) is not None
-
-
-def _feeds(state: Draft, norm: str) -> bool:
-    """The norm's output is read by maps, and does not go to the residual stream."""
-    written = probe.rows(state.seen.outputs[norm])
-    order = list(state.seen.outputs)
-    blocks = [order.index(n) for n in order if any(_is_block(state, n, stack) for stack in state.stacks)]
-    if blocks and order.index(norm) > max(blocks):
-        return True
-    for name, given in state.seen.inputs.items():
-        stack_parts = [state.prefix + stack.block.partition("*")[0] for stack in state.stacks]
-        holds_blocks = any(part.startswith(name + ".") or part.rstrip(".") == name for part in stack_parts)
-        if name in state.norms or holds_blocks or any(_is_block(state, name, stack) for stack in state.stacks):
-            continue
-        if given.shape[-1] == state.seen.outputs[norm].shape[-1] and probe.rows(given) <= written:
-            return True
-    return False
-
-
-def _is_block(state: Draft, name: str, stack: Stack) -> bool:
-    pattern = re.escape(state.prefix + stack.block.rstrip(".")).replace(r"\*", r"\d+")
-    return re.fullmatch(pattern, name) is not None
 
 
 def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[int, ...]) -> Layout:
@@ -325,7 +188,8 @@ def _lookup(state: Draft, name: str, size: int) -> str:
 
 
 def _linear_layout(state: Draft, name: str, module: nn.Module, kind: str) -> Layout:
-    features_in, features_out = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)  # type: ignore[union-attr]
+    weight: Any = module.weight
+    features_in, features_out = weight.shape if isinstance(module, Conv1D) else weight.shape[::-1]
     if state.key(name) in state.outputs:
         parts, by = state.outputs[state.key(name)]
         write = Dim(parts, "write", by)
@@ -342,14 +206,14 @@ def _linear_layout(state: Draft, name: str, module: nn.Module, kind: str) -> Lay
 
 def _raw_if(state: Draft, name: str, dim: Dim) -> Dim:
     """The axis `raw` where a map reads the residual stream without a norm's weight before it."""
-    if dim.side != "read" or dim.parts != (("hidden",),) or _is_post_norm(state):
+    if dim.side != "read" or dim.parts != (("hidden",),) or is_post_norm(state):
         return dim
-    if state.model.get_output_embeddings() is state.model.get_submodule(name) and _head_norm(state):
+    if state.model.get_output_embeddings() is state.model.get_submodule(name) and head_norm_of(state):
         return dim  # what the class does between its last norm and its head is a candidate of its own
     while name and name not in state.seen.inputs:
         name = name.rpartition(".")[0]
     given = state.seen.inputs.get(name)
-    if given is None or given.shape[-1] != state.hidden or _norm_before(state, probe.rows(given)):
+    if given is None or given.shape[-1] != state.hidden or norm_before(state, probe.rows(given)):
         return dim
     return Dim((("raw",),), "read")
 
@@ -359,15 +223,15 @@ def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> 
     side: Any = "scale" if kind == norm.scale else "shift"
     offset = norm.offset if side == "scale" else 0.0
     axes: tuple[str, ...] = ("fixed",)
-    if _writes_unit(state, name):
-        parts, _ = state.outputs[state.key(_writer_of(state, name) or "")]
+    if writes_unit(state, name):
+        parts, _ = state.outputs[state.key(writer_of(state, name) or "")]
         if len(parts) == 1:
             size = [state.sizes[a] for a in parts[0]]
             axes = parts[0] if len(size) < 2 or shape[0] == size[0] * size[1] else parts[0][-1:]
     elif shape[0] in state.streams:
         axes = (state.streams[shape[0]],)
     elif shape[0] == state.hidden:
-        stream = not _is_post_norm(state) and (_branch(state, name) or not _feeds(state, name))
+        stream = not is_post_norm(state) and (is_branch(state, name) or not feeds(state, name))
         axes = ("raw",) if stream else ("hidden",)
     return (Dim((axes,), side, offset=offset),)
 
@@ -391,7 +255,7 @@ def _expert_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -
     return (experts, stream, unit) if shape[1] == state.hidden else (experts, unit, stream)
 
 
-def _family(state: Draft, base: Any, others: list[Build]) -> Family:
+def _family(state: Draft, base: Skeleton, others: list[Build]) -> Family:
     if any(axis == "raw" for layout in state.rows.values() for d in layout for p in d.parts for axis in p):
         state.sizes["raw"] = state.hidden
     hints = {"hidden": "hidden", "raw": "hidden", "vocab": "vocab", "positions": "positions", **state.hints}
@@ -411,7 +275,7 @@ def _family(state: Draft, base: Any, others: list[Build]) -> Family:
         axes=axes,
         tensors=state.rows,
         ties=_ties(state),
-        head_norm=state.key(_head_norm(state)).rstrip("."),
+        head_norm=state.key(head_norm_of(state)).rstrip("."),
         follows=_follows(axes) | {field: axes["hidden"].size for field in bound if field != axes["hidden"].size},
     )
 
@@ -422,18 +286,12 @@ def _known(dim: Dim, sizes: dict[str, str]) -> Dim:
     return dim if known else Dim(FIXED.parts, dim.side, offset=dim.offset)
 
 
-def _head_norm(state: Draft) -> str:
-    """The last norm over the residual stream."""
-    ran = list(state.seen.outputs)
-    return max((n for n in state.norms if _is_hidden(state, n) and state.norms[n].scale), key=ran.index, default="")
-
-
 def _meets(state: Draft, axis: str) -> str:
     if axis == "raw":
         return "unscaled"
     if axis == "hidden":
-        centred = any(norm.centred for name, norm in state.norms.items() if _is_hidden(state, name))
-        return "post_layer_norm" if centred and _is_post_norm(state) else "layer_norm" if centred else "rms_norm"
+        centred = any(norm.centred for name, norm in state.norms.items() if is_hidden(state, name))
+        return "post_layer_norm" if centred and is_post_norm(state) else "layer_norm" if centred else "rms_norm"
     return state.meets[axis]
 
 
@@ -469,7 +327,7 @@ def _with_writers(state: Draft, stack: Stack) -> Stack:
         name = row.removeprefix(stack.block)
         module = name.rpartition(".")[0] if name.rpartition(".")[2] in ("weight", "bias") else name
         full = state.prefix + stack.block.replace("*", "0") + module
-        norm = _norm_after(state, full) if full in state.seen.outputs else None
+        norm = norm_after(state, full) if full in state.seen.outputs else None
         if norm and not stack.last_norm:
             module = norm.removeprefix(state.prefix + stack.block.replace("*", "0"))
         writers[module] = None

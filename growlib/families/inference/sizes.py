@@ -1,6 +1,6 @@
 """Which config field says which size, found by building a class at other sizes without memory for its values."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -98,7 +98,7 @@ def choose(
     return chosen
 
 
-def _checks(sizes: Mapping[str, int], layouts: Mapping[str, Layout], row_of: Any, skeleton: Skeleton) -> list[Check]:
+def _checks(sizes: Collection[str], layouts: Mapping[str, Layout], row_of: Any, skeleton: Skeleton) -> list[Check]:
     found = {
         (dim.parts, length)
         for name, shape in skeleton.shapes.items()
@@ -124,7 +124,9 @@ def _solve(group: set[str], options: Mapping[str, list[str]], checks: list[Check
     if found is not None or len(group) < 2:
         return found or {}
     rest = [group - {name} for name in sorted(group, key=lambda name: (name in ("hidden", "vocab"), name))]
-    smaller = [{k: v for part in _groups(g, _within(g, own)) for k, v in _try(part, options, own).items()} for g in rest]
+    smaller = [
+        {k: v for part in _groups(g, _within(g, own)) for k, v in _try(part, options, own).items()} for g in rest
+    ]
     return max(smaller, key=len)
 
 

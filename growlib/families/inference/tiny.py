@@ -67,6 +67,7 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
     head_dim = {"head_dim": 16} if "head_dim" in fields else {}
     no_groups = {"num_key_value_heads": 4} if "num_key_value_heads" in fields else {}
     unset = {name: SIZE_OF[name] for name, value in fields.items() if value is None and name in SIZE_OF}
+    unset |= {name: 0 for name in ("pad_token_id", "mask_token_id") if fields.get(name, 0) is None}
     wrong: Exception | None = None
     for more in ({}, head_dim, no_groups, no_groups | head_dim, unset, unset | head_dim):
         try:

@@ -8,7 +8,13 @@ from transformers import PreTrainedConfig
 
 from growlib.families.schema import Axis, Dim, Family, size_of
 
-ROTARY_SHARES = ("partial_rotary_factor", "rope_parameters.partial_rotary_factor", "rotary_pct", "rotary_dim", "rope_dim")
+ROTARY_SHARES = (
+    "partial_rotary_factor",
+    "rope_parameters.partial_rotary_factor",
+    "rotary_pct",
+    "rotary_dim",
+    "rope_dim",
+)
 
 
 def of_hidden(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, Family]]:
@@ -68,7 +74,10 @@ def _rotated(family: Family, halves_first: bool, share: str | None) -> Family:
             axes[f"{name}_rest"] = replace(axis, size=f"{axis.size} - {axis.size} * {share}")
         axes[name] = turned
     axes["half"] = Axis("2")
-    rows = {row: tuple(_rotated_dim(dim, family.axes, halves_first, bool(share)) for dim in layout) for row, layout in family.tensors.items()}
+    rows = {
+        row: tuple(_rotated_dim(dim, family.axes, halves_first, bool(share)) for dim in layout)
+        for row, layout in family.tensors.items()
+    }
     return replace(family, axes=axes, tensors=rows)
 
 
