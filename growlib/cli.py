@@ -1,6 +1,7 @@
 """The command line: growlib expand | plan | verify | methods | families."""
 
 import argparse
+import difflib
 import json
 import os
 import shutil
@@ -9,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from growlib import checkpoint
 from growlib.errors import GrowError
 from growlib.expand import expand, plan
-from growlib.families import families, family
+from growlib.families import families, family, infer
+from growlib.families.schema import layout_text
 from growlib.methods import methods
 from growlib.verify import verify
 
@@ -68,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("grown")
     command.set_defaults(run=_verify)
     commands.add_parser("methods", help="the growth methods").set_defaults(run=_methods)
-    commands.add_parser("families", help="the model types with a table").set_defaults(run=_families)
+    command = commands.add_parser("families", help="the model types with a table, and the inference of others")
+    command.add_argument("--check", metavar="TYPE", help="infer the table of a model type and show the verdict")
+    command.set_defaults(run=_families)
     return parser
 
 
@@ -123,7 +128,27 @@ def _methods(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check(model_type: str) -> int:
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=5) or ["llama"]
+        raise GrowError(f"--check {model_type}", "transformers has no such model type", ", ".join(close))
+    table = infer(CONFIG_MAPPING[model_type]())
+    print(_table([("axis", "size", "meets"), *((n, a.size, a.meets or "never grows") for n, a in table.axes.items())]))
+    print()
+    print(_table([("tensor", "layout"), *((row, layout_text(layout)) for row, layout in table.tensors.items())]))
+    print()
+    for stack in table.stacks:
+        print(f"{stack.layers} blocks {stack.block}  without {', '.join(stack.writers)} they are the identity")
+    print()
+    print(_table([("candidate", "verdict"), *((name, why or "exact") for name, why in table.candidates)]))
+    print()
+    print(_table([("growth", "verdict"), *((name, why or "exact") for name, why in (table.proven or {}).items())]))
+    return 0
+
+
 def _families(options: argparse.Namespace) -> int:
+    if options.check:
+        return _check(options.check)
     rows = [("family", "axes that grow")]
     for name in families():
         axes = [axis for axis, facts in family(name).axes.items() if facts.meets]

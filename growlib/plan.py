@@ -131,7 +131,7 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
         for c in family.conditions
         if c.grows in grows and not c.holds(target.config)
     ]
-    reasons += _unproven(family, old, new, grows)
+    reasons += _unproven(family, old, new, grows, source.config, target.config)
     reasons += _config_reasons(family, layers, source.config, target.config)
     initializer_range = getattr(source.config, "initializer_range", 0.02)
     return GrowthPlan(
@@ -183,12 +183,22 @@ def _layer_kinds(stack: Stack, model: Skeleton) -> dict[int, set[str]]:
     return dict(kinds)
 
 
-def _unproven(family: Family, old: Mapping[str, int], new: Mapping[str, int], grows: set[str]) -> list[str]:
+def _unproven(
+    family: Family,
+    old: Mapping[str, int],
+    new: Mapping[str, int],
+    grows: set[str],
+    source: PreTrainedConfig,
+    target: PreTrainedConfig,
+) -> list[str]:
     """Why growths of an inferred table are not known to be exact."""
     if family.proven is None:
         return []
     names = {name: growth_name(name, old[name], new[name]) if name in family.axes else name for name in grows}
     wrong = {name: family.proven.get(growth, "it was not tried") for name, growth in names.items()}
+    sizes = family.size_fields() - family.follows.keys()
+    if sum(getattr(source, field, None) != getattr(target, field, None) for field in sizes) > 1:
+        wrong["several sizes at once"] = family.proven.get("together", "")
     return [f"growth of {name} is not proven for {family.model_type}: {why}" for name, why in wrong.items() if why]
 
 

@@ -107,9 +107,10 @@ def _times(config: PreTrainedConfig, field: str, number: float) -> int:
 
 
 def verdicts(family: Family, model: PreTrainedModel) -> dict[str, str]:
-    """For each axis and ratio "" where a growth with it was exact, else why not."""
+    """For each axis and ratio "" where a growth with it was exact, else why not; and the same for all together."""
     exact: set[str] = set()
     wrong: dict[str, str] = {}
+    together: dict[str, int] = {}
     for name, options in growths(family, model.config):
         found = Trial(frozenset(), "")
         for fields in options:
@@ -121,6 +122,7 @@ def verdicts(family: Family, model: PreTrainedModel) -> dict[str, str]:
             wrong |= dict.fromkeys(found.grew - wrong.keys(), found.wrong)
         elif name in found.grew:
             exact |= found.grew
+            together |= {} if name.endswith("x1.5") else {k: max(v, together.get(k, 0)) for k, v in fields.items()}
         else:
             wrong[name] = "it could not be grown by itself"
-    return wrong | dict.fromkeys(sorted(exact), "")
+    return wrong | dict.fromkeys(sorted(exact), "") | {"together": trial(family, model, together).wrong}

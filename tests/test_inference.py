@@ -1,0 +1,290 @@
+"""Inference: the spine's tables come out of it, classes that nobody has seen grow, and nothing grows silently wrong."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as T
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import randomise, token_ids
+from unknown import LoomConfig, LoomForCausalLM
+
+import growlib
+from growlib.errors import GrowError
+from growlib.families import family, inference
+from growlib.families.inference import report
+from growlib.families.inference.judge import verdicts
+from growlib.families.inference.tiny import tiny_config, tiny_model
+from growlib.families.schema import from_table, layout_text, to_table
+
+infer = growlib.families.infer
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+SPINE = {"llama": T.LlamaForCausalLM, "gpt2": T.GPT2LMHeadModel, "bert": T.BertForPreTraining}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """Verdicts of this run only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GROWLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def loom(**options):
+    model = LoomForCausalLM(LoomConfig(**options))
+    return randomise(model, 0).eval()
+
+
+def error(small, big, **inputs):
+    with torch.no_grad():
+        old, new = small(**inputs).logits, big(**inputs).logits
+    return ((new[..., : old.shape[-1]] - old).abs().max() / (old.max() - old.min())).item()
+
+
+@pytest.mark.parametrize("model_type", SPINE)
+def test_the_tables_of_the_spine_come_out(model_type):
+    model_class = SPINE[model_type]
+    options = {"num_key_value_heads": 8} if model_type == "llama" else {}
+    table, found = family(model_type), infer(model_class.config_class(**options), model_class)
+    rows = {name: layout_text(layout) for name, layout in found.tensors.items()}
+    assert rows == {name: layout_text(table.tensors[name]) for name in rows}
+    # A switch that the table names is on here: the inference knows one position of it.
+    axes = {name: replace(axis, scaled_by="") for name, axis in table.axes.items()}
+    assert dict(found.axes) == axes
+    assert (found.stacks, found.head_norm, found.follows) == (table.stacks, table.head_norm, table.follows)
+    assert dict(found.ties) == dict(table.ties)
+
+
+def test_a_switch_is_seen_where_it_stands():
+    found = infer(T.GPT2Config(scale_attn_weights=False), T.GPT2LMHeadModel)
+    assert found.axes["query"].scaled_by == "never"
+
+
+@pytest.mark.parametrize("model_type", SPINE)
+def test_the_judge_hears_the_tables_of_the_spine_too(model_type):
+    model_class = SPINE[model_type]
+    model = tiny_model(model_class, tiny_config(model_class.config_class(), model_class))
+    wrong = {name for name, why in verdicts(family(model_type), model).items() if why}
+    fractions = {
+        "llama": {"query", "key", "value"},
+        "bert": {"hidden", "heads", "query", "key", "value"},
+        "gpt2": set(),
+    }
+    assert wrong <= {f"{axis} x1.5" for axis in fractions[model_type]}
+
+
+def test_the_judge_refuses_a_wrong_table():
+    model_class = T.LlamaForCausalLM
+    model = tiny_model(model_class, tiny_config(T.LlamaConfig(), model_class))
+    table = family("llama")
+    axes = {**table.axes, "query": replace(table.axes["query"], meets="query")}
+    assert verdicts(replace(table, axes=axes), model)["query x2"]
+    axes = {**table.axes, "hidden": replace(table.axes["hidden"], meets="elementwise")}
+    assert verdicts(replace(table, axes=axes), model)["hidden x1.5"]
+
+
+@given(st.integers(1, 3), st.integers(0, 3), st.integers(0, 60), st.integers(0, 3))
+@settings(max_examples=10)
+def test_a_class_that_exists_nowhere_grows(strands, thicker, pit, storeys):
+    small = loom()
+    breadth = 12 * (4 + strands) + (4 + strands) * 2 * thicker
+    growth = {"breadth": breadth, "strands": 4 + strands, "pit": 72 + pit, "storeys": 2 + storeys, "lexicon": 60}
+    ids = torch.randint(53, (2, 11), generator=torch.Generator().manual_seed(1))
+    assert error(small, growlib.expand(small, growth, exact=True), input_ids=ids) < 1e-5
+
+
+def test_its_fused_layout_is_read_off():
+    found = infer(LoomConfig(), LoomForCausalLM)
+    assert layout_text(found.tensors["tower.*.warp.weight"]) == (
+        "(heads value + heads key + heads query by heads) <- hidden"
+    )
+    assert layout_text(found.tensors["tower.*.calm_a.tilt"]) == "1 + scale hidden"
+
+
+def test_an_axis_that_misleads_is_refused():
+    small = loom(squash="softmax")
+    with pytest.raises(GrowError, match=r"descend.*has the shape"):
+        growlib.expand(small, {"pit": 144}, exact=True)
+    ids = torch.randint(53, (2, 11), generator=torch.Generator().manual_seed(1))
+    wider = {"breadth": 96, "strands": 8}
+    assert error(small, growlib.expand(small, wider, exact=True), input_ids=ids) < 1e-5
+
+
+CAUSAL = {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "max_position_embeddings": 64}
+SHAPE = {"hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 3}
+GQA = {"num_attention_heads": 6, "num_key_value_heads": 2}
+WIDER = {"hidden_size": 54, "intermediate_size": 77, "num_attention_heads": 9, "num_key_value_heads": 3}
+CASES = {  # sizes that the judge never sees
+    "qwen3": (
+        T.Qwen3ForCausalLM,
+        {**CAUSAL, **SHAPE, **GQA, "head_dim": 10},
+        {**WIDER, "head_dim": 20, "num_hidden_layers": 5},
+    ),
+    "gemma2": (T.Gemma2ForCausalLM, {**CAUSAL, **SHAPE, **GQA, "head_dim": 8}, {**WIDER, "num_hidden_layers": 4}),
+    "gemma3": (
+        T.Gemma3ForCausalLM,
+        {
+            **CAUSAL,
+            **SHAPE,
+            **GQA,
+            "head_dim": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        {**WIDER, "num_hidden_layers": 7, "vocab_size": 70},
+    ),
+    "olmo": (T.OlmoForCausalLM, {**CAUSAL, **SHAPE, **GQA}, {**WIDER, "num_hidden_layers": 5}),
+    "phi": (
+        T.PhiForCausalLM,
+        {**CAUSAL, **SHAPE, "num_attention_heads": 3},
+        {"hidden_size": 60, "num_attention_heads": 5, "num_key_value_heads": 5},
+    ),
+    "gpt_neox": (
+        T.GPTNeoXForCausalLM,
+        {**CAUSAL, **SHAPE, "num_attention_heads": 3},
+        {"hidden_size": 48, "num_attention_heads": 4},
+    ),
+    "mixtral": (
+        T.MixtralForCausalLM,
+        {**CAUSAL, **SHAPE, **GQA, "num_local_experts": 3, "num_experts_per_tok": 2},
+        {"hidden_size": 72, "intermediate_size": 76, "num_attention_heads": 12, "num_key_value_heads": 4},
+    ),
+    "bloom": (
+        T.BloomForCausalLM,
+        {"vocab_size": 61, "hidden_size": 24, "n_head": 3, "n_layer": 2},
+        {"hidden_size": 72},
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", CASES)
+def test_inferred_types_grow_exactly_at_any_size(model_type, tmp_path):
+    model_class, options, growth = CASES[model_type]
+    torch.manual_seed(0)
+    small = randomise(model_class(model_class.config_class(**options)), 0, 0.2).eval()
+    big = growlib.expand(small, growth, exact=True)
+    ids = token_ids(small)
+    assert error(small, big, input_ids=ids) < 1e-5
+    big.save_pretrained(tmp_path)  # on disk some classes have other names for their tensors
+    assert error(small, model_class.from_pretrained(tmp_path), input_ids=ids) < 1e-5
+
+
+def test_an_encoder_decoder_with_tied_embeddings_grows():
+    sizes = {
+        "d_model": 24,
+        "encoder_attention_heads": 3,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 30,
+        "decoder_ffn_dim": 40,
+    }
+    config = T.BartConfig(vocab_size=61, encoder_layers=2, decoder_layers=3, max_position_embeddings=32, **sizes)
+    small = randomise(T.BartForConditionalGeneration(config), 0).eval()
+    growth = {"d_model": 48, "encoder_layers": 3, "decoder_layers": 5, "decoder_ffn_dim": 55}
+    big = growlib.expand(small, growth, exact=True)
+    inputs = {"input_ids": torch.arange(20, 32)[None], "decoder_input_ids": torch.arange(30, 38)[None]}
+    assert error(small, big, **inputs) < 1e-5
+    assert big.lm_head.weight is big.model.shared.weight
+
+
+def test_layers_of_another_kind_keep_their_place():
+    """glm4_moe's first layer is dense: new layers are copies of layers with the same tensors."""
+    options = {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    shape = {**SHAPE, **GQA, "head_dim": 8, "n_group": 1, "topk_group": 1}
+    config = T.Glm4MoeConfig(**{**CAUSAL, **shape, **options})
+    small = randomise(T.Glm4MoeForCausalLM(config), 0, 0.2).eval()
+    plan = growlib.plan(small, {"num_hidden_layers": 6})
+    assert plan.layers["num_hidden_layers"].source[:2] == (0, 1)
+    big = growlib.expand(small, {"num_hidden_layers": 6}, exact=True)
+    assert error(small, big, input_ids=token_ids(small)) < 1e-5
+
+
+def test_what_the_judge_did_not_prove_is_said():
+    small = randomise(T.BloomForCausalLM(T.BloomConfig(vocab_size=61, hidden_size=24, n_head=3, n_layer=2)), 0)
+    plan = growlib.plan(small, {"hidden_size": 36})
+    assert not plan.exact
+    assert "growth of hidden is not proven for bloom: a tiny model differs" in str(plan)
+    with pytest.raises(GrowError, match="not proven for bloom"):
+        growlib.expand(small, {"hidden_size": 36}, exact=True)
+
+
+def test_a_config_field_that_nobody_understands_is_named():
+    small = randomise(T.Qwen3ForCausalLM(T.Qwen3Config(**{**CAUSAL, **SHAPE, **GQA})), 0)
+    assert growlib.plan(small, {"rms_norm_eps": 0.1}).reasons == (
+        "rms_norm_eps changes from 1e-06 to 0.1, which changes the function",
+    )
+
+
+def test_a_verdict_is_kept_and_a_broken_one_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("GROWLIB_CACHE", str(tmp_path / "new"))
+    monkeypatch.setattr(inference, "_known", {})
+    first = infer(T.OlmoConfig())
+    (kept,) = (tmp_path / "new").iterdir()
+    monkeypatch.setattr(inference, "_known", {})
+    monkeypatch.setattr(inference, "examine", None)  # not called a second time
+    assert to_table(infer(T.OlmoConfig())) == to_table(first)
+    monkeypatch.undo()
+    monkeypatch.setenv("GROWLIB_CACHE", str(tmp_path / "new"))
+    monkeypatch.setattr(inference, "_known", {})
+    kept.write_text("{")
+    assert to_table(infer(T.OlmoConfig())) == to_table(first)
+    assert json.loads(kept.read_text())["proven"] == first.proven
+
+
+def test_a_table_survives_being_written():
+    found = infer(T.Qwen3Config(), T.Qwen3ForCausalLM)
+    assert to_table(from_table("qwen3", json.loads(json.dumps(to_table(found))), "")) == to_table(found)
+
+
+def test_a_class_that_cannot_be_tiny_is_refused():
+    with pytest.raises(GrowError, match="building a tiny T5GemmaForConditionalGeneration"):
+        infer(T.T5GemmaConfig())
+
+
+def page():
+    """The rows of docs/architectures.md: type -> growth -> word."""
+    lines = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    return {cells[0]: dict(zip(lines[0][1:], cells[1:], strict=True)) for cells in lines[1:]}
+
+
+def test_the_page_holds_the_floor():
+    rows = page().values()
+    count = {column: sum(row[column] == "exact" for row in rows) for column in ("depth", "hidden ×2", "hidden ×1.5")}
+    assert count["depth"] >= 100
+    assert count["hidden ×2"] >= 80
+    assert count["hidden ×1.5"] >= 60
+
+
+def reproved(name):
+    return {growth: report.word(why) for growth, why in report.verdicts(report.judged(name)).items()}
+
+
+@pytest.mark.parametrize("name", sorted(page())[::20] if PAGE.exists() else [])
+def test_a_share_of_the_page_is_proven_again(name):
+    assert reproved(name) == page()[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(page()) if PAGE.exists() else [])
+def test_the_whole_page_is_proven_again(name):
+    assert reproved(name) == page()[name]
+
+
+def test_check_shows_the_table_the_candidates_and_the_verdict(capsys):
+    from growlib.cli import main
+
+    assert main(["families", "--check", "gpt_neox"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"attention.query_key_value.weight +\(heads ", shown)
+    assert re.search(r"query x2: no rotation, .* +a tiny model differs.*\n.*rotated by halves, .* +exact", shown)
+    assert re.search(r"query x1.5 +head_dim 16 -> 24: rotary", shown)
+    assert main(["families", "--check", "lama"]) == 2
+
+
+def test_tiny_leaves_the_models_own_sizes_out():
+    """The verdict is one per class and switches: two sizes of it share one tiny config."""
+    first, second = T.Qwen3Config(**{**CAUSAL, **SHAPE, **GQA}), T.Qwen3Config(hidden_size=4096)
+    sizes = [tiny_config(c, T.Qwen3ForCausalLM).to_dict() for c in (first, second)]
+    assert sizes[0]["hidden_size"] == sizes[1]["hidden_size"]
