@@ -246,7 +246,9 @@ def _entries(
             f"the {family.model_type} table does not know the tensors {', '.join(unknown)}",
             "a class whose tensors are all in growlib/families",
         )
-    tied = any({alias, name} & target.aliases for alias, name in family.ties.items())
+    tied = any(
+        {alias, name} & target.aliases and _is_head(family, {alias, name}) for alias, name in family.ties.items()
+    )
     wider = new["hidden"] / old["hidden"]
     embedding, head = wider**-family.embedding_power, wider**-family.head_power
     for name, new_shape in target.shapes.items():
@@ -267,6 +269,12 @@ def _entries(
             factor = head * (maps[layout[0].parts[0][0]].tied_gain / embedding if tied and maps else 1.0)
         old_shape = source.shapes[found] if found else _shape(layout, old, new_shape)
         yield Entry(name, found, layout, old_shape, new_shape, constant, factor)
+
+
+def _is_head(family: Family, rows: set[str]) -> bool:
+    """One of the rows reads the stream and writes the vocabulary."""
+    layouts = [family.tensors[row] for row in rows if row in family.tensors]
+    return any(len(layout) == 2 and layout[0] == Dim((("vocab",),), "write") for layout in layouts)
 
 
 def _identity_constant(stack: Stack, row: str, layer: int, layers: LayerMap) -> float | None:

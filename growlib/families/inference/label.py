@@ -54,7 +54,7 @@ def draft(model: PreTrainedModel) -> Family:
                 state.rows[row] = _layout(state, name, module, kind, tuple(parameter.shape))
     for name in base.shapes:  # buffers that are saved
         row = state.row_of(base.base(name))
-        state.rows.setdefault(row, (FIXED,) * len(base.shapes[name]))
+        state.rows.setdefault(row, tuple(_dim(state, size, "write") for size in base.shapes[name]))
     return _family(state, base, others)
 
 
@@ -152,7 +152,7 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
     if probe.is_linear(module):
         return _linear_layout(state, name, module, kind)
     if isinstance(module, nn.Embedding):
-        return (Dim(((_lookup(state, name, shape[0]),),), "read"), _dim(state, shape[1], "write"))
+        return (Dim(((_lookup(state, name, shape[0]),),), "read"), _dim(state, shape[1], "write", heads=True))
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         reads = tuple(_dim(state, size, "read") for size in shape[1:2])
         return (_dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
@@ -162,11 +162,11 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
     if len(shape) == 1 and shape[0] == state.hidden and state.stack_of(name):
         return (Dim((("raw",),), "scale"),)  # such as a LayerScale
     read = "weight" in kind and len(shape) == 2  # a linear map of its own kind, such as a router
-    sides = [_dim(state, size, "read" if read and i else "write") for i, size in enumerate(shape)]
+    sides = [_dim(state, size, "read" if read and i else "write", heads=True) for i, size in enumerate(shape)]
     return tuple(_raw_if(state, name, dim) for dim in sides)
 
 
-def _dim(state: Draft, size: int, side: Any) -> Dim:
+def _dim(state: Draft, size: int, side: Any, heads: bool = False) -> Dim:
     vocab = vocabulary(state.model)
     if size == state.hidden:
         return Dim((("hidden",),), side)
@@ -175,8 +175,8 @@ def _dim(state: Draft, size: int, side: Any) -> Dim:
         return Dim((("vocab",),), side)
     if size in state.streams:
         return Dim(((state.streams[size],),), side)
-    heads = next((a for a in state.sizes if a.endswith("heads") and state.sizes[a] == size), None)
-    return Dim(((heads,),), side) if heads and side == "write" else replace(FIXED, side=side)
+    per_head = next((a for a in state.sizes if a.endswith("heads") and state.sizes[a] == size), None)
+    return Dim(((per_head,),), side) if heads and per_head and side == "write" else replace(FIXED, side=side)
 
 
 def _lookup(state: Draft, name: str, size: int) -> str:
@@ -268,7 +268,7 @@ def _family(state: Draft, base: Skeleton, others: list[Build]) -> Family:
         asked = f"inferring the table of {type(state.model).__name__}"
         raise GrowError(asked, "no config field says how wide its blocks are", "a table in growlib/families")
     state.rows = {row: tuple(_known(dim, sizes) for dim in layout) for row, layout in state.rows.items()}
-    axes = {name: Axis(size, _meets(state, name), **_groups(state, name)) for name, size in sizes.items()}
+    axes = {name: Axis(size, _meets(state, name), **_groups(state, name, sizes)) for name, size in sizes.items()}
     return Family(
         model_type=base.config.model_type,
         stacks=tuple(_with_writers(state, stack) for stack in state.stacks),
@@ -295,9 +295,9 @@ def _meets(state: Draft, axis: str) -> str:
     return state.meets[axis]
 
 
-def _groups(state: Draft, axis: str) -> dict[str, str]:
+def _groups(state: Draft, axis: str, sizes: dict[str, str]) -> dict[str, str]:
     kv_heads = axis.replace("heads", "kv_heads")
-    return {"groups": kv_heads} if state.meets.get(axis) == "query_heads" and kv_heads in state.sizes else {}
+    return {"groups": kv_heads} if state.meets.get(axis) == "query_heads" and kv_heads in sizes else {}
 
 
 def _follows(axes: dict[str, Axis]) -> dict[str, str]:
