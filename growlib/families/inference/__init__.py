@@ -66,7 +66,7 @@ def _own_source() -> bytes:
 
 def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Family:
     """The table of a class at tiny sizes, with the candidates that were tried and the growths that were proven."""
-    table = draft(tiny_model(model_class, small, spread=0.07))
+    table = replace(draft(tiny_model(model_class, small, spread=0.07)), proven={})
     model = tiny_model(model_class, small)
     table = _first_exact(table, variants.of_hidden(table, small), model, "hidden")
     if "expert_ffn" in table.axes:
