@@ -20,6 +20,7 @@ Shape = tuple[int, ...]
 _NEUTRAL_FIELDS = {
     *("_name_or_path", "architectures", "dtype", "transformers_version", "problem_type", "id2label", "label2id"),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
+    *("stage_names", "out_features", "out_indices"),  # which layers a backbone puts out, by default the last
     *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "pretraining_tp", "tie_word_embeddings"),
 }
 

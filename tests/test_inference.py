@@ -172,6 +172,19 @@ def test_inferred_types_grow_exactly_at_any_size(model_type, tmp_path):
     assert error(small, model_class.from_pretrained(tmp_path), input_ids=ids) < 1e-5
 
 
+@torch.no_grad()
+def test_new_layers_have_their_own_place_in_the_cache():
+    model_class, options, growth = CASES["gemma3"]
+    small = randomise(model_class(model_class.config_class(**options)), 0, 0.2).eval()
+    big = growlib.expand(small, growth, exact=True)
+    ids = token_ids(small)
+    first = big(input_ids=ids[:, :9], use_cache=True)
+    second = big(input_ids=ids[:, 9:], past_key_values=first.past_key_values)
+    logits = torch.cat([first.logits, second.logits], 1)[..., : small.config.vocab_size]
+    whole = small(input_ids=ids).logits
+    assert (logits - whole).abs().max() / (whole.max() - whole.min()) < 1e-5
+
+
 def test_an_encoder_decoder_with_tied_embeddings_grows():
     sizes = {
         "d_model": 24,
@@ -278,7 +291,10 @@ def test_check_shows_the_table_the_candidates_and_the_verdict(capsys):
     assert main(["families", "--check", "gpt_neox"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"attention.query_key_value.weight +\(heads ", shown)
-    assert re.search(r"query x2: no rotation, .* +a tiny model differs.*\n.*rotated by halves, .* +exact", shown)
+    assert re.search(
+        r"query x2: no rotation, .* +a tiny model differs.*\n.*by halves, .*partial_rotary_factor of it, .* +exact",
+        shown,
+    )
     assert re.search(r"query x1.5 +head_dim 16 -> 24: rotary", shown)
     assert main(["families", "--check", "lama"]) == 2
 

@@ -201,6 +201,9 @@ def _linear_layout(state: Draft, name: str, module: nn.Module, kind: str) -> Lay
         read = Dim((state.inputs[state.key(name)],), "read")
     else:
         read = _raw_if(state, name, _dim(state, features_in, "read"))
+        times, rest = divmod(features_in, state.hidden)
+        if read.parts == FIXED.parts and not rest:
+            read = Dim((("hidden",),) * times, "read")  # several vectors side by side, such as a class token and a mean
     return (read, write) if isinstance(module, Conv1D) else (write, read)
 
 

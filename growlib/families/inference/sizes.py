@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.checkpoint import skeleton_of
-from growlib.families.inference.tiny import SIZE_OF
+from growlib.families.inference.tiny import SIZE_OF, STAGES
 from growlib.families.schema import Layout, size_of
 from growlib.plan import Skeleton
 from growlib.target import lengthen
@@ -47,7 +47,7 @@ def builds(model_class: type[PreTrainedModel], base: Skeleton) -> list[Build]:
 
 def changed(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
     """The config with other values; lists that are as long as a field that grows grow with it."""
-    values = config.to_dict()
+    values = {name: value for name, value in config.to_dict().items() if name not in STAGES}
     for name, new in fields.items():
         old = values[name]
         if isinstance(old, int) and isinstance(new, int) and new > old > 1:

@@ -34,6 +34,7 @@ SIZES = {
     1: "first_k_dense_replace n_group topk_group num_dense_layers moe_layer_start_index",
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
+STAGES = ("stage_names", "out_features", "out_indices")  # a config derives them from its layers
 LARGEST = 3_000_000  # parameters of a model that is still tiny
 
 _MAPPINGS = (
@@ -87,7 +88,7 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
 
 
 def _small(config: PreTrainedConfig) -> dict[str, Any]:
-    fields = config.to_dict()
+    fields = {name: value for name, value in config.to_dict().items() if name not in STAGES}
     old_layers = {fields[n] for n in SIZES[3].split() if isinstance(fields.get(n), int)}
     wide = {fields[n] for n in SIZES[64].split() if isinstance(fields.get(n), int)}
     for name, value in list(fields.items()):

@@ -47,13 +47,11 @@ def of_head_dim(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str,
         plain = replace(family, axes=axes)
         scale = "scores over sqrt(head_dim)" if not scaled_by else "scores of a fixed scale"
         yield f"no rotation, {scale}", plain
-        for halves_first in (True, False):
+        shares = [share for share in ROTARY_SHARES if size_of(share, config) not in (None, 1.0)]
+        for halves_first, share in product((True, False), (*shares, None)):
             pairs = "rotated by halves" if halves_first else "rotated by neighbours"
-            yield f"{pairs}, {scale}", _rotated(plain, halves_first, None)
-            for share in ROTARY_SHARES:
-                value = size_of(share, config)
-                if value is not None and value != 1.0:
-                    yield f"{pairs}, {share} of it, {scale}", _rotated(plain, halves_first, share)
+            of_it = f", {share} of it" if share else ""
+            yield f"{pairs}{of_it}, {scale}", _rotated(plain, halves_first, share)
 
 
 def _rotated(family: Family, halves_first: bool, share: str | None) -> Family:
