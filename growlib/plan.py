@@ -159,7 +159,7 @@ def _fitted(layers: LayerMap, stack: Stack, source: Skeleton, target: Skeleton) 
         return layers
     nearest = tuple(min(like[t], key=lambda s: abs(s - source)) for t, source in enumerate(layers.source))
     if not any(layers.identity):
-        return dataclasses.replace(layers, source=nearest)
+        return dataclasses.replace(layers, source=nearest) if set(nearest) == set(layers.source) else layers
     acting, place = {}, 0  # old layers in their order, each in the first place that takes it
     for t, options in enumerate(like):
         if place in options:
