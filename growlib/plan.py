@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 _NEUTRAL_FIELDS = {
     *("_name_or_path", "architectures", "dtype", "transformers_version", "problem_type", "id2label", "label2id"),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
-    *("stage_names", "out_features", "out_indices"),  # which layers a backbone puts out, by default the last
+    "stage_names",
     *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "pretraining_tp", "tie_word_embeddings"),
 }
 
@@ -333,8 +333,11 @@ def _check_all_used(
 
 
 def _follows_layers(old: Any, new: Any, stack: LayerMap) -> bool:
-    """A per-layer list that says for each layer that acts what it said for its source."""
-    if not (isinstance(old, list) and isinstance(new, list) and (len(old), len(new)) == (stack.old, len(stack.source))):
+    """A per-layer list that says for each layer that acts what it said for its source, or a name of the last layer."""
+    depths = stack.old, len(stack.source)
+    if (old, new) in (tuple([n] for n in depths), tuple([f"stage{n}"] for n in depths)):
+        return True
+    if not (isinstance(old, list) and isinstance(new, list) and (len(old), len(new)) == depths):
         return False
     return all(i or new[t] == old[s] for t, (s, i) in enumerate(zip(stack.source, stack.identity, strict=True)))
 

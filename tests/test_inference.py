@@ -223,6 +223,14 @@ def test_what_the_judge_did_not_prove_is_said():
         growlib.expand(small, {"hidden_size": 36}, exact=True)
 
 
+def test_a_backbone_goes_on_to_put_out_its_last_layer():
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    small = randomise(T.Dinov2Model(T.Dinov2Config(**sizes)), 0, 0.2).eval()
+    assert growlib.plan(small, {"num_hidden_layers": 4, "out_features": ["stage4"], "out_indices": [4]}).exact
+    reasons = growlib.plan(small, {"out_features": ["stage1"], "out_indices": [1]}).reasons
+    assert any(reason.startswith("out_indices changes") for reason in reasons)
+
+
 def test_a_config_field_that_nobody_understands_is_named():
     small = randomise(T.Qwen3ForCausalLM(T.Qwen3Config(**{**CAUSAL, **SHAPE, **GQA})), 0)
     assert growlib.plan(small, {"rms_norm_eps": 0.1}).reasons == (

@@ -88,6 +88,10 @@ class Stack:
     inner_norms: tuple[str, ...] = ()  # post-norm blocks only: the norms before the last one
     last_norm: str = ""
 
+    def row_of(self, name: str, layer: int) -> str:
+        """The table row of a tensor in one of the blocks."""
+        return self.block + name[len(self.block) - 1 + len(str(layer)) :]
+
     def layer_of(self, name: str) -> int | None:
         match = re.match(re.escape(self.block).replace(r"\*", r"(\d+)"), name)
         return int(match.group(1)) if match else None
@@ -139,7 +143,7 @@ class Family:
         for stack in self.stacks:
             layer = stack.layer_of(name)
             if layer is not None:
-                return stack.block + name[len(stack.block) - 1 + len(str(layer)) :], stack, layer
+                return stack.row_of(name, layer), stack, layer
         return name, None, 0
 
 

@@ -32,7 +32,9 @@ def cached(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None =
     key = (model_class, json.dumps(switches, sort_keys=True, default=str))
     if key not in _known:
         _known[key] = (
-            _from_disk(key, small) if model_class.__module__.startswith("transformers.") else examine(*key[:1], small)
+            _from_disk(key, small)
+            if model_class.__module__.startswith("transformers.")
+            else examine(model_class, small)
         )
     return _known[key]
 

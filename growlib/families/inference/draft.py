@@ -42,7 +42,7 @@ class Draft:
         for stack in self.stacks:
             layer = stack.layer_of(name)
             if layer is not None:
-                return stack.block + name[len(stack.block) - 1 + len(str(layer)) :]
+                return stack.row_of(name, layer)
         return name
 
     def key(self, module: str) -> str:
