@@ -160,9 +160,11 @@ def guarded(work: Callable[[], None]) -> int:
     """Do the work; the exit code. What the user can mend is said in one line."""
     logging.getLogger("growlib").setLevel(logging.ERROR)  # an inexact growth stands in the report
     transformers.utils.logging.disable_progress_bar()  # of loading and saving; the long parts have their own
-    PartialState(cpu=not torch.accelerator.is_available())  # the processes that torchrun or accelerate started
+    processes = PartialState(cpu=not torch.accelerator.is_available())  # those that torchrun or accelerate started
     try:
         work()
+        processes.wait_for_everyone()  # one that leaves while another still talks to it is aborted
+        processes.destroy_process_group()
     except GrowError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

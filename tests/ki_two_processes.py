@@ -23,3 +23,6 @@ trainer = train(
 assert trainer.accelerator.num_processes == 2
 if trainer.is_world_process_zero():
     torch.save({"parameters": parameters(student), "logs": trainer.state.log_history}, folder / "result.pt")
+# A process that leaves while the other still talks to it is aborted.
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
