@@ -74,8 +74,11 @@ def _override(
         fields[known] = overrides[key]
     for heads, width in family.follows.items():
         if width in named and heads not in named and isinstance(fields[width], int):
-            same = fields[heads] == getattr(source, width)
-            fields[heads] = fields[width] if same else _more_heads(asked, source, heads, width, fields[width])
+            count, rest = divmod(fields[heads] * fields[width], getattr(source, width))
+            if rest == 0:
+                fields[heads] = count
+            elif width == family.axes["hidden"].size:
+                fields[heads] = _more_heads(asked, source, heads, width, fields[width])
     for layers, old in family.layer_counts(source).items():
         if type(fields[layers]) is int and fields[layers] > old:
             lengthen(fields, old, layer_sources(old, fields[layers]), named)

@@ -4,6 +4,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ MEETS = (
     "rotary_key",
     "normed_rotary_query",  # the same with an RMSNorm before the rotation
     "normed_rotary_key",
+    "experts",  # weighted by a router whose weights are shares of a whole
+    "gated_experts",  # the same with weights that do not depend on one another, such as a sigmoid's
 )
 
 
@@ -41,6 +44,7 @@ class Axis:
     groups: str = ""  # query heads: the axis of the KV heads that they share
     scaled_by: str = ""  # query: the config flag that turns the 1/sqrt(head_dim) of the scores on; empty: always;
     # "never" where the scores have a scale of their own
+    per_token: str = ""  # experts: the axis of how many of them act on a token
 
 
 @dataclass(frozen=True)
@@ -183,17 +187,18 @@ def _operand(word: str, config: Any) -> float | None:
 def parse_layout(text: str) -> Layout:
     """Read a row such as `(heads value) -> hidden`, `vocab <- hidden` or `scale hidden`.
 
-    The arrow runs from the dimensions that the tensor reads to those that it writes; the dimensions stand in
-    memory order. Parentheses hold one dimension: a product of axes as in einops, `+` a concatenation,
+    Arrows run from the dimensions that the tensor reads to those that it writes (`experts -> hidden <- ffn`); the
+    dimensions stand in memory order. Parentheses hold one dimension: a product of axes as in einops, `+` a concatenation,
     `by` an interleaved one. `1 + scale` is a norm's weight w that acts as 1 + w.
     """
     if match := re.fullmatch(r"(1 \+ )?(scale|shift) ([\w ]+)", text):
-        side: Side = "scale" if match.group(2) == "scale" else "shift"
-        return (Dim((tuple(match.group(3).split()),), side, offset=1.0 if match.group(1) else 0.0),)
-    left, arrow, right = re.split(r"(->|<-)", text)
-    sides: tuple[Side, Side] = ("read", "write") if arrow == "->" else ("write", "read")
-    dims = []
-    for words, side in zip((left, right), sides, strict=True):
+        kind: Side = "scale" if match.group(2) == "scale" else "shift"
+        return (Dim((tuple(match.group(3).split()),), kind, offset=1.0 if match.group(1) else 0.0),)
+    *words_and_arrows, last = re.split(r"(->|<-)", text)
+    dims, before = [], ""
+    for words, after in zip([*words_and_arrows[::2], last], [*words_and_arrows[1::2], ""], strict=True):
+        side: Side = "write" if before == "->" or after == "<-" else "read"
+        before = after
         for group, single in re.findall(r"\(([^)]*)\)|(\w+)", words):
             product, _, by = (group or single).partition(" by ")
             parts = tuple(tuple(part.split()) for part in product.split("+"))
@@ -205,16 +210,16 @@ def layout_text(layout: Layout) -> str:
     """The inverse of `parse_layout`; a single number has the layout `->`."""
     if layout and layout[0].side in ("scale", "shift"):
         return ("1 + " if layout[0].offset else "") + f"{layout[0].side} {' '.join(layout[0].parts[0])}"
-    words = []
-    for dim in layout:
-        text = " + ".join(" ".join(part) for part in dim.parts) + (f" by {dim.by}" if dim.by else "")
-        words.append(f"({text})" if " " in text else text)
-    writes = [dim.side == "write" for dim in layout]
-    first_read = writes.index(False) if False in writes else len(words)
-    first_write = writes.index(True) if True in writes else len(words)
-    if first_write <= first_read:
-        return " ".join([*words[:first_read], "<-", *words[first_read:]])
-    return " ".join([*words[:first_write], "->", *words[first_write:]])
+    if not layout:
+        return "->"
+    groups = []
+    for side, dims in groupby(layout, lambda dim: dim.side):
+        texts = [" + ".join(" ".join(part) for part in d.parts) + (f" by {d.by}" if d.by else "") for d in dims]
+        groups.append((side, " ".join(f"({text})" if " " in text else text for text in texts)))
+    if len(groups) < 2:
+        groups.append(("write", ""))
+    arrows = ["->" if side == "read" else "<-" for side, _ in groups[:-1]]
+    return " ".join(word for pair in zip((text for _, text in groups), [*arrows, ""], strict=True) for word in pair if word)
 
 
 def read_family(path: Path) -> Family:

@@ -8,6 +8,7 @@ Legend: an axis grows from n to N, q = N // n whole copies, r = N - q n entries 
     elementwise           whole copies of units, each read with weight 1/m plus noise that cancels over the copies
     heads                 whole copies inside the group of their KV head
     head_dim              new key rows zero, queries times sqrt(N / n); rotary pair i moves to pair i N / n
+    experts               whole copies, of which as many more act; readers as for units, each with weight 1
     tied head             the norm before it times sqrt(s) / q
 
 After LayerNorm and RMSNorm the r entries left over are zero, so what reads them is free.
@@ -86,6 +87,18 @@ def units(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
     return AxisMap(old[name], source, split_evenly(old[name], source))
 
 
+def experts(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """q whole copies of all experts, of which q times as many act: their weights are shares of what one had."""
+    n, N, k, K = old[name], new[name], old[axis.per_token], new[axis.per_token]
+    source = tile(n, N)
+    read = split_evenly(n, source) if axis.meets == "gated_experts" else np.ones(N)
+    inexact = (
+        f"{n} experts of which {k} act -> {N} of which {K} act: exact are whole multiples, "
+        f"such as {2 * n} of which {2 * k} act"
+    )
+    return AxisMap(n, source, read, inexact=inexact if N % n or K * n != k * N else "")
+
+
 def append(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
     """New entries that nothing reads yet."""
     source = np.arange(new[name])
@@ -160,6 +173,8 @@ RULES = {
     "rotary_key": rotary_dot_product,
     "normed_rotary_query": normed_dot_product,
     "normed_rotary_key": normed_dot_product,
+    "experts": experts,
+    "gated_experts": experts,
 }
 
 

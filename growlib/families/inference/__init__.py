@@ -73,6 +73,8 @@ def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Fami
     table = _first_exact(table, variants.of_hidden(table, small), model, "hidden")
     if "expert_ffn" in table.axes:
         table = _first_exact(table, variants.of_pairs(table), model, "expert_ffn")
+    if any(axis.per_token for axis in table.axes.values()):
+        table = _first_exact(table, variants.of_experts(table), model, "experts")
     if any(axis.meets == "query" for axis in table.axes.values()):
         table = _first_exact(table, variants.of_head_dim(table, small), model, "query")
     return replace(table, proven=verdicts(table, model))

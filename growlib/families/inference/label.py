@@ -1,5 +1,6 @@
 """The table of a class, read off a tiny model of it. What it says is a guess until the judge has heard it."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,9 @@ def draft(model: PreTrainedModel) -> Family:
     _linear_maps(state)
     _stack_norms(state)
     _other_streams(state)
+    for name, module in model.named_modules():
+        if experts := _expert_count(state, module):
+            state.axis("experts", experts, "experts", name)
     for name, module in model.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
             row = state.row_of(f"{name}.{kind}".removeprefix(state.prefix) if name else kind)
@@ -156,8 +160,7 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         reads = tuple(_dim(state, size, "read") for size in shape[1:2])
         return (_dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
-    stacked = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3} - {1, state.hidden}
-    if len(stacked) == 1 and len(shape) > 1 and shape[0] in stacked:
+    if len(shape) > 1 and shape[0] == _expert_count(state, module):
         return _expert_layout(state, name, kind, shape)
     if len(shape) == 1 and shape[0] == state.hidden and state.stack_of(name):
         return (Dim((("raw",),), "scale"),)  # such as a LayerScale
@@ -175,8 +178,10 @@ def _dim(state: Draft, size: int, side: Any, heads: bool = False) -> Dim:
         return Dim((("vocab",),), side)
     if size in state.streams:
         return Dim(((state.streams[size],),), side)
-    per_head = next((a for a in state.sizes if a.endswith("heads") and state.sizes[a] == size), None)
-    return Dim(((per_head,),), side) if heads and per_head and side == "write" else replace(FIXED, side=side)
+    per_head = next((a for a in state.sizes if heads and a.endswith("heads") and state.sizes[a] == size), None)
+    router = next((a for a, meets in state.meets.items() if meets == "experts" and state.sizes[a] == size), None)
+    axis = (per_head or router) if side == "write" else None
+    return Dim(((axis,),), side) if axis else replace(FIXED, side=side)
 
 
 def _lookup(state: Draft, name: str, size: int) -> str:
@@ -239,10 +244,16 @@ def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> 
     return (Dim((axes,), side, offset=offset),)
 
 
+def _expert_count(state: Draft, module: nn.Module) -> int | None:
+    """How many experts a module holds, stacked in tensors of three dimensions."""
+    stacked = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3} - {1, state.hidden}
+    return stacked.pop() if len(stacked) == 1 else None
+
+
 def _expert_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> Layout:
     """Stacked experts: [experts, .., ..], the feed-forward maps of all of them, and [experts, ..], their biases."""
-    experts = Dim(((state.axis("experts", shape[0], "", name),),), "write")
     down = "down" in kind or "output" in kind or "w2" in kind
+    experts = Dim(((state.axis("experts", shape[0], "experts", name),),), "read" if down else "write")
     if state.hidden not in shape[1:] and (len(shape) == 3 or down):
         return (experts, *(FIXED,) * (len(shape) - 1))
     other = next((size for size in shape[1:] if size != state.hidden), state.hidden)
@@ -271,7 +282,11 @@ def _family(state: Draft, base: Skeleton, others: list[Build]) -> Family:
         asked = f"inferring the table of {type(state.model).__name__}"
         raise GrowError(asked, "no config field says how wide its blocks are", "a table in growlib/families")
     state.rows = {row: tuple(_known(dim, sizes) for dim in layout) for row, layout in state.rows.items()}
-    axes = {name: Axis(size, _meets(state, name), **_groups(state, name, sizes)) for name, size in sizes.items()}
+    used = {axis for layout in state.rows.values() for dim in layout for part in dim.parts for axis in part}
+    found = [name for name in state.sizes if name in used and name in sizes]
+    axes = {name: Axis(sizes[name], _meets(state, name), **_groups(state, name, sizes)) for name in found}
+    per_token, routed = _per_token(base.config, axes)
+    axes |= per_token
     return Family(
         model_type=base.config.model_type,
         stacks=tuple(_with_writers(state, stack) for stack in state.stacks),
@@ -279,7 +294,9 @@ def _family(state: Draft, base: Skeleton, others: list[Build]) -> Family:
         tensors=state.rows,
         ties=_ties(state),
         head_norm=state.key(head_norm_of(state)).rstrip("."),
-        follows=_follows(axes) | {field: axes["hidden"].size for field in bound if field != axes["hidden"].size},
+        follows=_follows(axes)
+        | routed
+        | {field: axes["hidden"].size for field in bound if field != axes["hidden"].size},
     )
 
 
@@ -301,6 +318,17 @@ def _meets(state: Draft, axis: str) -> str:
 def _groups(state: Draft, axis: str, sizes: dict[str, str]) -> dict[str, str]:
     kv_heads = axis.replace("heads", "kv_heads")
     return {"groups": kv_heads} if state.meets.get(axis) == "query_heads" and kv_heads in sizes else {}
+
+
+def _per_token(config: Any, axes: dict[str, Axis]) -> tuple[dict[str, Axis], dict[str, str]]:
+    """The experts' axes with that of how many act on a token, which no shape shows; its field follows theirs."""
+    fields = [f for f, v in config.to_dict().items() if type(v) is int and re.search(r"per_tok|top_?k", f)]
+    field = next((field for field in fields if "group" not in field), "")
+    experts = {name: axis for name, axis in axes.items() if axis.meets == "experts"}
+    if not field or not experts:
+        return {name: replace(axis, meets="") for name, axis in experts.items()}, {}
+    told = {name: replace(axis, per_token="per_token") for name, axis in experts.items()}
+    return told | {"per_token": Axis(field)}, {field: axis.size for axis in experts.values()}
 
 
 def _follows(axes: dict[str, Axis]) -> dict[str, str]:

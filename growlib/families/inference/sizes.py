@@ -140,7 +140,7 @@ def _try(group: set[str], options: Mapping[str, list[str]], checks: list[Check])
 
 def _order(group: Iterable[str], options: Mapping[str, list[str]]) -> list[str]:
     """Heads before what is counted per head: their number may show in no shape at all."""
-    return sorted(group, key=lambda name: ("heads" not in name, len(options[name])))
+    return sorted(group, key=lambda name: ("heads" not in name, len(options[name]), name))
 
 
 def _search(

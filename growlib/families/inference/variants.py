@@ -19,12 +19,23 @@ ROTARY_SHARES = (
 
 def of_hidden(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, Family]]:
     """Whether the class scales its embeddings or its head by the width, and whether heads may grow with the width."""
-    same = {name: wide for name, wide in family.follows.items() if getattr(config, name) == getattr(config, wide)}
-    heads = {name: wide for name, wide in family.follows.items() if name not in same}
+    hidden = family.axes["hidden"].size
+    others = {name: wide for name, wide in family.follows.items() if wide != hidden}
+    same = {n: hidden for n in family.follows.keys() - others if getattr(config, n) == getattr(config, hidden)}
+    heads = {name: hidden for name in family.follows.keys() - others - same.keys()}
     scales = {"": (0.0, 0.0), ", embeddings times sqrt(hidden)": (0.5, 0.0), ", head over sqrt(hidden)": (0.0, -0.5)}
     for (name, powers), follows in product(scales.items(), (same | heads, same) if heads else (same,)):
         told = "heads grow with it" if follows != same else "heads stay"
-        yield told + name, replace(family, embedding_power=powers[0], head_power=powers[1], follows=follows)
+        yield told + name, replace(
+            family, embedding_power=powers[0], head_power=powers[1], follows=others | follows
+        )
+
+
+def of_experts(family: Family) -> Iterator[tuple[str, Family]]:
+    """Whether the router's weights depend on one another."""
+    for meets, told in (("experts", "weights are shares of a whole"), ("gated_experts", "each weight is its own")):
+        routed = {n: replace(a, meets=meets) if a.per_token else a for n, a in family.axes.items()}
+        yield told, replace(family, axes=routed)
 
 
 def of_pairs(family: Family) -> Iterator[tuple[str, Family]]:
