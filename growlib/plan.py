@@ -247,9 +247,7 @@ def _entries(
             f"the {family.model_type} table does not know the tensors {', '.join(unknown)}",
             "a class whose tensors are all in growlib/families",
         )
-    tied = any(
-        {alias, name} & target.aliases and _is_head(family, {alias, name}) for alias, name in family.ties.items()
-    )
+    tied = {_head_reads(family, pair) for pair in family.ties.items() if set(pair) & target.aliases}
     wider = new["hidden"] / old["hidden"]
     embedding, head = wider**-family.embedding_power, wider**-family.head_power
     for name, new_shape in target.shapes.items():
@@ -267,15 +265,17 @@ def _entries(
         looked_up = layout and layout[0].parts == (("vocab",),) and layout[0].side == "read"
         factor = embedding if looked_up else 1.0
         if row.startswith(family.head_norm + ".") and (not stack or layer == len(layers[stack.layers].source) - 1):
-            factor = head * (maps[layout[0].parts[0][0]].tied_gain / embedding if tied and maps else 1.0)
+            (axis,) = layout[0].parts[0]
+            factor = head * (maps[axis].tied_gain / embedding if axis in tied and maps else 1.0)
         old_shape = source.shapes[found] if found else _shape(layout, old, new_shape)
         yield Entry(name, found, layout, old_shape, new_shape, constant, factor)
 
 
-def _is_head(family: Family, rows: set[str]) -> bool:
-    """One of the rows reads the stream and writes the vocabulary."""
+def _head_reads(family: Family, rows: tuple[str, str]) -> str | None:
+    """The axis that a head reads, where one of the rows writes the vocabulary."""
     layouts = [family.tensors[row] for row in rows if row in family.tensors]
-    return any(len(layout) == 2 and layout[0] == Dim((("vocab",),), "write") for layout in layouts)
+    heads = [layout for layout in layouts if len(layout) == 2 and layout[0] == Dim((("vocab",),), "write")]
+    return heads[0][1].parts[0][0] if heads else None
 
 
 def _identity_constant(stack: Stack, row: str, layer: int, layers: LayerMap) -> float | None:

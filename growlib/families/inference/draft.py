@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from growlib.checkpoint import skeleton
@@ -170,6 +171,9 @@ def is_block(state: Draft, name: str, stack: Stack) -> bool:
 
 
 def head_norm_of(state: Draft) -> str:
-    """The last norm over the residual stream."""
+    """The last norm over what the head reads."""
+    head = state.model.get_output_embeddings()
+    width = head.in_features if isinstance(head, nn.Linear) else state.hidden
     ran = list(state.seen.outputs)
-    return max((n for n in state.norms if is_hidden(state, n) and state.norms[n].scale), key=ran.index, default="")
+    over = [n for n in state.norms if state.seen.inputs[n].shape[-1] == width and not writes_unit(state, n)]
+    return max((norm for norm in over if state.norms[norm].scale), key=ran.index, default="")

@@ -100,11 +100,14 @@ def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> Non
     width = state.seen.inputs[reader].shape[-1]
     reading = read_rows(writers, width)
     names = {}
+    kv_heads = reading.sizes.get("kv_heads")
+    told = [v for f, v in state.model.config.to_dict().items() if re.search("key_value_heads|kv_heads", f)]
+    shared = kv_heads == reading.sizes.get("heads") and kv_heads not in told
     for axis, size in reading.sizes.items():
         meets = {"ffn": "elementwise", "heads": "query_heads", "kv_heads": "key_heads", "value": "linear"}.get(
             axis, axis
         )
-        if axis == "kv_heads" and size in (1, reading.sizes["heads"]):
+        if axis == "kv_heads" and (size == 1 or shared):
             continue  # one KV head never grows; as many as query heads are the same axis
         outside = state.stack_of(reader) is None
         if axis == "ffn" and outside:
@@ -113,8 +116,7 @@ def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> Non
             )
         else:
             names[axis] = state.axis(axis, size, meets, reader)
-    kv_heads = reading.sizes.get("kv_heads")
-    if kv_heads == reading.sizes.get("heads"):
+    if shared:
         names["kv_heads"] = names.get("heads", "")
 
     def named(part: tuple[str, ...]) -> tuple[str, ...]:
