@@ -39,11 +39,11 @@ def grow_tensor(entry: "Entry", source: Tensor, plan: "GrowthPlan") -> Tensor:
         return source.detach().clone()
     offset = entry.layout[0].offset
     work = torch.full_like(work, entry.constant) if entry.constant is not None else work + offset
-    grown = _grow(work, entry.layout, plan, _Draw(plan.seed, entry.name, deviation))
+    grown = _grow(work, entry.layout, plan, Draw(plan.seed, entry.name, deviation))
     return (grown * entry.factor - offset).to(source.dtype)
 
 
-def _grow(work: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: "_Draw") -> Tensor:
+def _grow(work: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: "Draw") -> Tensor:
     """Grow the parts of concatenated dimensions one by one."""
     for index, dim in enumerate(layout):
         if len(dim.parts) > 1:
@@ -60,20 +60,20 @@ def _grow(work: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: "_Dra
     return _grow_part(work, layout, plan, draw)
 
 
-class _Draw:
+class Draw:
     """Free values of one tensor: the same for a seed and a name, whatever the order and the device."""
 
     def __init__(self, seed: int, name: str, deviation: Tensor) -> None:
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         self.deviation = deviation
 
     def normal(self, like: Tensor) -> Tensor:
-        noise = torch.randn(like.shape, generator=self._generator, dtype=torch.float32)
+        noise = torch.randn(like.shape, generator=self.generator, dtype=torch.float32)
         return noise.to(like) * self.deviation
 
 
-def _grow_part(part: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: _Draw) -> Tensor:
+def _grow_part(part: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: Draw) -> Tensor:
     names = [f"{axis}_{d}" for d, dim in enumerate(layout) for axis in dim.parts[0]]
     flat = " ".join(names)
     folded = " ".join("(" + " ".join(f"{axis}_{d}" for axis in dim.parts[0]) + ")" for d, dim in enumerate(layout))
@@ -99,11 +99,11 @@ def _new(axis_map: AxisMap, dim: int, part: Tensor) -> Tensor:
     return _along(torch.from_numpy(axis_map.source < 0), dim, part)
 
 
-def _free(part: Tensor, dim: int, grown: Tensor, axis_map: AxisMap, draw: _Draw) -> Tensor:
+def _free(part: Tensor, dim: int, grown: Tensor, axis_map: AxisMap, draw: Draw) -> Tensor:
     return part.mean(dim, keepdim=True) + axis_map.spread * draw.normal(grown)
 
 
-def read_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: _Draw) -> Tensor:
+def read_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: Draw) -> Tensor:
     """W C + F along one dimension: [.., n, ..] -> [.., N, ..]."""
     index = _index(axis_map, part)
     weights = torch.from_numpy(axis_map.read).to(part)
@@ -120,7 +120,7 @@ def read_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: _Draw) -> Tensor:
     return grown
 
 
-def write_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: _Draw) -> Tensor:
+def write_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: Draw) -> Tensor:
     """E W along one dimension: [.., n, ..] -> [.., N, ..]."""
     grown = part.index_select(dim, _index(axis_map, part)) * axis_map.write
     match axis_map.new_writes:
@@ -135,14 +135,14 @@ def write_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: _Draw) -> Tensor
     return torch.where(_new(axis_map, dim, part), new, grown)
 
 
-def scale_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: _Draw) -> Tensor:
+def scale_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: Draw) -> Tensor:
     """The weight of a norm over the axis."""
     grown = part.index_select(dim, _index(axis_map, part))
     new = part.mean(dim, keepdim=True) if axis_map.new_scale == "free" else torch.zeros_like(grown)
     return torch.where(_new(axis_map, dim, part), new, grown) * axis_map.gain
 
 
-def shift_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: _Draw) -> Tensor:
+def shift_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: Draw) -> Tensor:
     """The bias of a norm over the axis."""
     grown = part.index_select(dim, _index(axis_map, part))
     new = part.mean(dim, keepdim=True) if axis_map.new_shift == "mean" else torch.zeros_like(grown)

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.models.auto import modeling_auto
 
 from growlib.errors import GrowError
 from growlib.plan import Skeleton
@@ -101,19 +103,46 @@ def skeleton_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
     try:
         with torch.device("meta"):
             return skeleton(model_class(config))
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
         asked = f"building a {model_class.__name__} of the target's sizes"
         raise GrowError(asked, _first_line(error), "sizes that the class can be built with") from error
 
 
-def empty_model(like: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of the same class and another size, its parameters not yet set, its buffers computed."""
+def class_like(model: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class for a model's task that goes with a config. Raises GrowError where transformers has none."""
+    if config.model_type == model.config.model_type:
+        return type(model)
+    tasks = [mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    found = [m.get(config.model_type) for m in tasks if m.get(model.config.model_type) == type(model).__name__]
+    name = next((name for name in found if isinstance(name, str)), None)
+    if name is None:
+        asked = f"growing a {type(model).__name__} into a {config.model_type} model"
+        raise GrowError(asked, "transformers has no such class for its task", "the causal language models of both")
+    return getattr(transformers, name)
+
+
+def empty_model(
+    like: PreTrainedModel,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    model_class: type[PreTrainedModel] | None = None,
+) -> PreTrainedModel:
+    """A model of another size, by default of the same class, its parameters not yet set, its buffers computed."""
     with no_init_weights():
-        model = type(like)._from_config(config, dtype=dtype, attn_implementation=like.config._attn_implementation)
+        attention = like.config._attn_implementation
+        model = (model_class or type(like))._from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     if like.can_generate():
         model.generation_config = like.generation_config
     return model.to(like.device).eval()
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Set a model's parameters and buffers by their names, in the dtype that the model has."""
+    places = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in tensors:
+        places[name].data = tensor.to(places[name])
 
 
 @contextmanager

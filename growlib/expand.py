@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from growlib import checkpoint, families, methods, target
+from growlib import checkpoint, families, methods, target, upcycle
 from growlib.apply import apply
 from growlib.checkpoint import Source, logger
 from growlib.errors import GrowError
@@ -26,8 +26,14 @@ def _plan(model: PreTrainedModel, target_config: Target, method: str | Method, s
     chosen = methods.method(method)
     layers = chosen if chosen.depth else methods.method("lossless")  # so that make_plan can say that depth is missing
     config = target.resolve(model.config, target_config, family, lambda old, new: layer_map(layers, old, new).source)
-    wide = checkpoint.skeleton_of(type(model), config)
-    return make_plan(family, chosen, seed, checkpoint.skeleton(model), wide)
+    mixture = upcycle.decide(model, config, family, chosen, seed) if target.is_other(model.config, config) else None
+    wide = checkpoint.skeleton_of(type(model), mixture.dense if mixture else config)
+    growth = make_plan(family, chosen, seed, checkpoint.skeleton(model), wide)
+    if mixture is None:
+        if chosen.resets:
+            raise GrowError(f"method {chosen.name!r}", "the target has no experts to make", "the config of a mixture")
+        return growth
+    return upcycle.joined(growth, mixture, checkpoint.skeleton_of(checkpoint.class_like(model, config), config))
 
 
 def expand(
@@ -39,13 +45,14 @@ def expand(
     exact: bool | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> PreTrainedModel:
-    """Grow a checkpoint into a larger model of the same class.
+    """Grow a checkpoint into a larger model of the same class, or a dense one into a mixture of experts.
 
     Args:
         small_ckpt: a model, a folder or a hub id. It is not modified.
         target_config: a config, a folder, or a dict of overrides of the source's config. Sizes that a dict does
             not name stay, save those that the architecture ties to a named one (on GPT-2 and BERT a wider model
-            gets more heads of the same head_dim).
+            gets more heads of the same head_dim). The config of a mixture of experts makes each feed-forward layer
+            of a dense model its experts: LlamaForCausalLM to a MixtralConfig, Qwen3 to a Qwen3MoeConfig.
         method: a name of `growlib.methods()`, or WIDTH+DEPTH.
         seed: decides every free value, bit for bit.
         exact: True refuses a growth that does not preserve the function. None (the default) builds the closest
@@ -54,7 +61,7 @@ def expand(
             float32 or wider.
 
     Returns:
-        A model of the source's class, in eval mode, on the source's device.
+        A model of the source's class, or of the mixture's for the same task, in eval mode, on the source's device.
 
     Raises:
         GrowError: what was asked, what is wrong, and what would be valid.
@@ -69,9 +76,8 @@ def expand(
         raise GrowError(asked, "; ".join(growth.reasons), "another target, or exact=None for the closest growth")
     if growth.reasons and exact is None:
         logger.warning("this growth does not preserve the function: %s", "; ".join(growth.reasons))
-    grown = checkpoint.empty_model(model, growth.config, wanted or model.dtype)
-    parameters = dict(grown.named_parameters()) | dict(grown.named_buffers())
-    with torch.no_grad():
-        for name, tensor in apply(growth, model.state_dict()):
-            parameters[name].data = tensor.to(wanted or tensor.dtype)
+    model_class = checkpoint.class_like(model, growth.config)
+    grown = checkpoint.empty_model(model, growth.config, wanted or model.dtype, model_class)
+    tensors = apply(growth, model.state_dict())
+    checkpoint.fill(grown, upcycle.mix(growth.mixture, dict(tensors)) if growth.mixture else tensors)
     return grown

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
@@ -13,6 +13,9 @@ from growlib.axes import AxisMap, LayerMap
 from growlib.errors import GrowError
 from growlib.families.schema import Dim, Family, Layout, Stack, growth_name
 from growlib.methods import Method
+
+if TYPE_CHECKING:
+    from growlib.upcycle import Mixture
 
 Shape = tuple[int, ...]
 
@@ -69,6 +72,7 @@ class GrowthPlan:
     entries: tuple[Entry, ...]
     reasons: tuple[str, ...]
     initializer_range: float  # the deviation of free values where the source's tensor is all zero
+    mixture: "Mixture | None" = None  # what becomes of the grown dense model
 
     @property
     def exact(self) -> bool:
@@ -94,6 +98,7 @@ class GrowthPlan:
             "axes": {name: axis_map.to_dict() for name, axis_map in self.maps.items()},
             "layers": {name: dataclasses.asdict(layer_map) for name, layer_map in self.layers.items()},
             "tensors": [{k: v for k, v in vars(entry).items() if k != "layout"} for entry in self.entries],
+            "mixture": self.mixture and self.mixture.to_dict(),
         }
 
     def __str__(self) -> str:

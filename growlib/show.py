@@ -78,7 +78,8 @@ def plan_table(plan: "GrowthPlan") -> str:
         for (name, shape, drawn), layers in groups.items()
     ]
     layers = [f"  {name:<10} {' '.join(_layer_names(stack))}" for name, stack in plan.layers.items()]
-    return "\n".join([f"{plan.method}, seed {plan.seed}: {verdict}", *sizes, *layers, "", LEGEND, *rows])
+    then = [f"  {plan.mixture}"] if plan.mixture else []
+    return "\n".join([f"{plan.method}, seed {plan.seed}: {verdict}", *sizes, *layers, *then, "", LEGEND, *rows])
 
 
 def _layer_names(stack: LayerMap) -> list[str]:

@@ -15,6 +15,8 @@ from growlib.families.schema import Family
 # What building or reading a config raises when its values make no sense.
 _INVALID = (StrictDataclassError, OSError, ValueError, TypeError, KeyError)
 
+OWN_FIELDS = ("model_type", "architectures", "transformers_version", "dtype", "_name_or_path")  # not a function's
+
 Target = PreTrainedConfig | Mapping[str, Any] | str | Path
 
 
@@ -23,7 +25,7 @@ LayerSources = Callable[[int, int], Sequence[int]]
 
 
 def resolve(source: PreTrainedConfig, target: Target, family: Family, layer_sources: LayerSources) -> PreTrainedConfig:
-    """The target's config, of the source's class. The source's config stays as it is.
+    """The target's config, of the source's class or of a mixture of experts. The source's config stays as it is.
 
     Per-layer lists that the target does not name (`layer_types`, ...) grow with the layers.
 
@@ -33,6 +35,8 @@ def resolve(source: PreTrainedConfig, target: Target, family: Family, layer_sour
     asked = f"growing {source.model_type} to {_describe(target)}"
     if isinstance(target, PreTrainedConfig):
         config = copy.deepcopy(target)
+    elif isinstance(target, Mapping) and target.get("model_type", source.model_type) != source.model_type:
+        config = _of_type(asked, source, target)
     elif isinstance(target, Mapping):
         config = _override(asked, source, target, family, layer_sources)
     elif not isinstance(target, str | Path):
@@ -42,8 +46,8 @@ def resolve(source: PreTrainedConfig, target: Target, family: Family, layer_sour
             config = AutoConfig.from_pretrained(target, trust_remote_code=False)
         except _INVALID as error:
             raise GrowError(asked, _cause(error), "a folder with a config.json") from error
-    if config.model_type != source.model_type:
-        raise GrowError(asked, f"the target is a {config.model_type} model", f"a {source.model_type} config")
+    if is_other(source, config):
+        return config
     try:
         family.sizes(config)
     except (ValueError, ZeroDivisionError) as error:
@@ -51,11 +55,41 @@ def resolve(source: PreTrainedConfig, target: Target, family: Family, layer_sour
     return config
 
 
+def is_other(source: PreTrainedConfig, config: PreTrainedConfig) -> bool:
+    """Whether the target is of another type than the source. Raises GrowError where it is no mixture of experts."""
+    if config.model_type != source.model_type and not any("expert" in field for field in config.to_dict()):
+        asked = f"growing {source.model_type} to a {type(config).__name__}"
+        raise GrowError(
+            asked, f"the target is a {config.model_type} model", f"a {source.model_type} config, or a mixture"
+        )
+    return config.model_type != source.model_type
+
+
 def lengthen(fields: dict[str, Any], old: int, layers: Sequence[int], named: Collection[str] = ()) -> None:
     """Give each per-layer list of a config the entries of the source layers; those that are named stay."""
     for key, value in fields.items():
         if isinstance(value, list) and len(value) == old and key not in named:
             fields[key] = [value[layer] for layer in layers]
+
+
+def _of_type(asked: str, source: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    """A config of another type that says what the source's says, save what is named."""
+    try:
+        default = AutoConfig.for_model(overrides["model_type"])
+    except _INVALID as error:
+        raise GrowError(asked, f"there is no model type {overrides['model_type']!r}", "one of transformers") from error
+    known = default.to_dict()
+    overrides = {default.attribute_map.get(key, key): value for key, value in overrides.items()}
+    unknown = [key for key in overrides if key not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known) or sorted(known)
+        raise GrowError(asked, f"a {overrides['model_type']} config has no field {unknown[0]!r}", ", ".join(close))
+    # A class may read a field that its config does not list, as Qwen3Moe reads head_dim.
+    fields = {key: value for key, value in source.to_dict().items() if key not in OWN_FIELDS and value is not None}
+    try:
+        return AutoConfig.for_model(**{**fields, **overrides})
+    except _INVALID as error:
+        raise GrowError(asked, _cause(error), f"a {overrides['model_type']} config that can be built") from error
 
 
 def _override(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from growlib import checkpoint
 from growlib.checkpoint import Source
 from growlib.errors import GrowError
+from growlib.target import is_other
 
 FLOAT32_TOLERANCE = 1e-5
 
@@ -48,17 +49,18 @@ def verify(small: Source, big: Source, inputs: dict[str, Tensor] | None = None) 
         inputs: keyword arguments of both models' forward; by default token ids [2, 16] drawn with a fixed seed.
 
     Raises:
-        GrowError: the models are not of one class, or `big` is smaller.
+        GrowError: the models are not of one class nor a dense one and a mixture of experts, or `big` is smaller.
     """
     small, big = checkpoint.load(small), checkpoint.load(big)
-    if type(small) is not type(big):
+    asked = "comparing a source with its grown model"
+    if type(big) is not type(small) and not (is_other(small.config, big.config) and _task(small) == _task(big)):
         wrong = f"they are a {type(small).__name__} and a {type(big).__name__}"
-        raise GrowError("comparing a source with its grown model", wrong, "two models of one class")
+        raise GrowError(asked, wrong, "two models of one class, or a dense one and a mixture")
     shapes = {name: parameter.shape for name, parameter in big.named_parameters()}
     larger = [n for n, p in small.named_parameters() if n in shapes and any(map(gt, p.shape, shapes[n]))]
     if larger:
         wrong = f"{larger[0]} is smaller in the second"
-        raise GrowError("comparing a source with its grown model", wrong, "a model at least as large as the source")
+        raise GrowError(asked, wrong, "a model at least as large as the source")
     if inputs is None:
         inputs = _token_ids(small)
     reference, grown = _outputs(small, inputs), _outputs(big, inputs)
@@ -67,6 +69,11 @@ def verify(small: Source, big: Source, inputs: dict[str, Tensor] | None = None) 
         wide = copy.deepcopy(small).float()
         tolerance = max(tolerance, 4 * _distance(_outputs(wide, inputs), reference)[1])
     return Verification(*_distance(reference, grown), tolerance)
+
+
+def _task(model: PreTrainedModel) -> str:
+    """What a class's name says it is for, such as `ForCausalLM`."""
+    return type(model).__name__.partition("For")[2]
 
 
 def _token_ids(model: PreTrainedModel) -> dict[str, Tensor]:

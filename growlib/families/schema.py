@@ -188,8 +188,8 @@ def parse_layout(text: str) -> Layout:
     """Read a row such as `(heads value) -> hidden`, `vocab <- hidden` or `scale hidden`.
 
     Arrows run from the dimensions that the tensor reads to those that it writes (`experts -> hidden <- ffn`); the
-    dimensions stand in memory order. Parentheses hold one dimension: a product of axes as in einops, `+` a concatenation,
-    `by` an interleaved one. `1 + scale` is a norm's weight w that acts as 1 + w.
+    dimensions stand in memory order. Parentheses hold one dimension: a product of axes as in einops, `+` a
+    concatenation, `by` an interleaved one. `1 + scale` is a norm's weight w that acts as 1 + w.
     """
     if match := re.fullmatch(r"(1 \+ )?(scale|shift) ([\w ]+)", text):
         kind: Side = "scale" if match.group(2) == "scale" else "shift"
@@ -219,7 +219,9 @@ def layout_text(layout: Layout) -> str:
     if len(groups) < 2:
         groups.append(("write", ""))
     arrows = ["->" if side == "read" else "<-" for side, _ in groups[:-1]]
-    return " ".join(word for pair in zip((text for _, text in groups), [*arrows, ""], strict=True) for word in pair if word)
+    return " ".join(
+        word for pair in zip((text for _, text in groups), [*arrows, ""], strict=True) for word in pair if word
+    )
 
 
 def read_family(path: Path) -> Family:

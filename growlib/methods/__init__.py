@@ -2,14 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from growlib.axes import AxisMap, LayerMap
 from growlib.errors import GrowError
 from growlib.families.schema import Axis, Sizes
-from growlib.methods import lossless, stack
+from growlib.methods import drop_upcycling, lossless, stack
+
+if TYPE_CHECKING:
+    from growlib.apply import Draw
 
 Width = Callable[[str, Axis, Sizes, Sizes], AxisMap]
 Depth = Callable[[int, int], LayerMap]
+# (experts, units of each, draw) -> bool [experts, units]: which units of an expert start anew
+Resets = Callable[[int, int, "Draw"], Tensor]
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,7 @@ class Method:
     depth: Depth | None
     exact: str
     source: str
+    resets: Resets | None = None  # of a dense model that becomes a mixture of experts
 
 
 _ROWS = (
@@ -30,6 +39,14 @@ _ROWS = (
         lossless.depth,
         "wherever the architecture allows it",
         "growlib; LEMON (arXiv 2310.07999); LLaMA-Pro (arXiv 2401.02415)",
+    ),
+    Method(
+        "drop-upcycling",
+        lossless.width,
+        lossless.depth,
+        "never",
+        "Drop-Upcycling (ICLR 2025, arXiv 2502.19261)",
+        resets=drop_upcycling.resets,
     ),
     Method("stack", None, stack.depth, "never", "StackBERT (ICML 2019); G_stack (arXiv 2405.15319)"),
 )

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.apply import apply
-from growlib.checkpoint import empty_model, skeleton, skeleton_of
+from growlib.checkpoint import empty_model, fill, skeleton, skeleton_of
 from growlib.families.inference.sizes import changed
 from growlib.families.inference.tiny import inputs_of, run
 from growlib.families.schema import Family, growth_name
@@ -39,18 +39,16 @@ def trial(family: Family, model: PreTrainedModel, fields: Mapping[str, Any]) -> 
         if plan.reasons:
             return Trial(grew, "; ".join(plan.reasons))
         grown = empty_model(model, target, torch.float32)
-        places = dict(grown.named_parameters()) | dict(grown.named_buffers())
-        with torch.no_grad():
-            for name, tensor in apply(plan, model.state_dict()):
-                places[name].data = tensor
-        worst = max(_distance(model, grown, seed) for seed in (1, 2))
+        fill(grown, apply(plan, model.state_dict()))
+        worst = max(distance(model, grown, seed) for seed in (1, 2))
     except Exception as failure:  # the class, the table or the plan refuses
         lines = str(failure.__cause__ or failure).strip().splitlines() or [type(failure).__name__]
         return Trial(frozenset(), lines[-1].strip())
     return Trial(grew, "" if worst <= TOLERANCE else f"a tiny model differs by {worst:.1g} of its outputs' spread")
 
 
-def _distance(model: PreTrainedModel, grown: PreTrainedModel, seed: int) -> float:
+def distance(model: PreTrainedModel, grown: PreTrainedModel, seed: int) -> float:
+    """The largest difference of what they compute, in shares of the spread of the first one's output."""
     given = inputs_of(model, seed=seed)
     old, new = run(model, given).double(), run(grown, given).double()
     new = new[tuple(slice(length) for length in old.shape)]

@@ -330,7 +330,7 @@ def _per_token(config: Any, axes: dict[str, Axis]) -> tuple[dict[str, Axis], dic
     if not field or not experts:
         return {name: replace(axis, meets="") for name, axis in experts.items()}, {}
     told = {name: replace(axis, per_token="per_token") for name, axis in experts.items()}
-    return told | {"per_token": Axis(field)}, {field: axis.size for axis in experts.values()}
+    return told | {"per_token": Axis(field)}, {field: next(iter(experts.values())).size}
 
 
 def _follows(axes: dict[str, Axis]) -> dict[str, str]:

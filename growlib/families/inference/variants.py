@@ -22,13 +22,11 @@ def of_hidden(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, F
     hidden = family.axes["hidden"].size
     others = {name: wide for name, wide in family.follows.items() if wide != hidden}
     same = {n: hidden for n in family.follows.keys() - others if getattr(config, n) == getattr(config, hidden)}
-    heads = {name: hidden for name in family.follows.keys() - others - same.keys()}
+    heads = dict.fromkeys(family.follows.keys() - others - same.keys(), hidden)
     scales = {"": (0.0, 0.0), ", embeddings times sqrt(hidden)": (0.5, 0.0), ", head over sqrt(hidden)": (0.0, -0.5)}
     for (name, powers), follows in product(scales.items(), (same | heads, same) if heads else (same,)):
         told = "heads grow with it" if follows != same else "heads stay"
-        yield told + name, replace(
-            family, embedding_power=powers[0], head_power=powers[1], follows=others | follows
-        )
+        yield told + name, replace(family, embedding_power=powers[0], head_power=powers[1], follows=others | follows)
 
 
 def of_experts(family: Family) -> Iterator[tuple[str, Family]]:
