@@ -26,7 +26,8 @@ def _plan(model: PreTrainedModel, target_config: Target, method: str | Method, s
     chosen = methods.method(method)
     layers = chosen if chosen.depth else methods.method("lossless")  # so that make_plan can say that depth is missing
     config = target.resolve(model.config, target_config, family, lambda old, new: layer_map(layers, old, new).source)
-    mixture = upcycle.decide(model, config, family, chosen, seed) if target.is_other(model.config, config) else None
+    other = config.model_type != model.config.model_type
+    mixture = upcycle.decide(model, config, family, chosen, seed) if other else None
     wide = checkpoint.skeleton_of(type(model), mixture.dense if mixture else config)
     growth = make_plan(family, chosen, seed, checkpoint.skeleton(model), wide)
     if mixture is None:

@@ -46,8 +46,11 @@ def resolve(source: PreTrainedConfig, target: Target, family: Family, layer_sour
             config = AutoConfig.from_pretrained(target, trust_remote_code=False)
         except _INVALID as error:
             raise GrowError(asked, _cause(error), "a folder with a config.json") from error
-    if is_other(source, config):
-        return config
+    if config.model_type != source.model_type:
+        if is_mixture(config):
+            return config
+        valid = f"a {source.model_type} config, or that of a mixture of experts"
+        raise GrowError(asked, f"the target is a {config.model_type} model", valid)
     try:
         family.sizes(config)
     except (ValueError, ZeroDivisionError) as error:
@@ -55,14 +58,9 @@ def resolve(source: PreTrainedConfig, target: Target, family: Family, layer_sour
     return config
 
 
-def is_other(source: PreTrainedConfig, config: PreTrainedConfig) -> bool:
-    """Whether the target is of another type than the source. Raises GrowError where it is no mixture of experts."""
-    if config.model_type != source.model_type and not any("expert" in field for field in config.to_dict()):
-        asked = f"growing {source.model_type} to a {type(config).__name__}"
-        raise GrowError(
-            asked, f"the target is a {config.model_type} model", f"a {source.model_type} config, or a mixture"
-        )
-    return config.model_type != source.model_type
+def is_mixture(config: PreTrainedConfig) -> bool:
+    """Whether a config says anything about experts."""
+    return any("expert" in field for field in config.to_dict())
 
 
 def lengthen(fields: dict[str, Any], old: int, layers: Sequence[int], named: Collection[str] = ()) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from growlib import checkpoint
 from growlib.checkpoint import Source
 from growlib.errors import GrowError
-from growlib.target import is_other
+from growlib.target import is_mixture
 
 FLOAT32_TOLERANCE = 1e-5
 
@@ -53,9 +53,9 @@ def verify(small: Source, big: Source, inputs: dict[str, Tensor] | None = None) 
     """
     small, big = checkpoint.load(small), checkpoint.load(big)
     asked = "comparing a source with its grown model"
-    if type(big) is not type(small) and not (is_other(small.config, big.config) and _task(small) == _task(big)):
+    if type(big) is not type(small) and not (is_mixture(big.config) and _task(small) == _task(big)):
         wrong = f"they are a {type(small).__name__} and a {type(big).__name__}"
-        raise GrowError(asked, wrong, "two models of one class, or a dense one and a mixture")
+        raise GrowError(asked, wrong, "two models of one class, or a dense one and a mixture of experts")
     shapes = {name: parameter.shape for name, parameter in big.named_parameters()}
     larger = [n for n, p in small.named_parameters() if n in shapes and any(map(gt, p.shape, shapes[n]))]
     if larger:
