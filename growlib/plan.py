@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from transformers import PreTrainedConfig
 
-from growlib.axes import AxisMap, LayerMap
+from growlib.axes import AxisMap, LayerMap, split_evenly
 from growlib.errors import GrowError
 from growlib.families.schema import Dim, Family, Layout, Stack, growth_name
 from growlib.methods import Method
@@ -127,6 +128,7 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
         stack.layers: _fitted(layer_map(method, old[stack.layers], new[stack.layers]), stack, source, target)
         for stack in family.stacks
     }
+    maps |= {name: _of_layers(layers[axis.size]) for name, axis in family.axes.items() if axis.meets == "layers"}
     entries = tuple(_entries(asked, family, old, new, maps, layers, source, target))
     _check_shapes(asked, family, entries, old, new)
     _check_all_used(asked, family, layers, entries, source)
@@ -220,11 +222,17 @@ def _maps(
         return {}
     maps = {}
     for name, axis in family.axes.items():
-        if axis.meets:
+        if axis.meets and axis.meets != "layers":
             maps[name] = method.width(name, axis, old, new)
             if axis.scaled_by == "never" or (axis.scaled_by and not getattr(config, axis.scaled_by)):
                 maps[name] = _unscaled(maps[name])
     return maps
+
+
+def _of_layers(layers: LayerMap) -> AxisMap:
+    """What reads something of each layer reads it of those that act."""
+    source = np.where(layers.identity, -1, layers.source)
+    return AxisMap(layers.old, source, split_evenly(layers.old, source))
 
 
 def _unscaled(axis_map: AxisMap) -> AxisMap:

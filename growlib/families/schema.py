@@ -24,12 +24,15 @@ MEETS = (
     "post_layer_norm",  # the residual stream of a post-norm model
     "query_heads",
     "key_heads",  # KV heads, each shared by a group of query heads
+    "normed_query_heads",  # the same with one RMSNorm over all heads
+    "normed_key_heads",
     "query",  # head_dim of queries and keys: they meet in a dot product
     "key",
     "rotary_query",  # the same under rotary embedding, counted in pairs
     "rotary_key",
     "normed_rotary_query",  # the same with an RMSNorm before the rotation
     "normed_rotary_key",
+    "layers",  # something of each layer, side by side
     "experts",  # weighted by a router whose weights are shares of a whole
     "gated_experts",  # the same with weights that do not depend on one another, such as a sigmoid's
 )

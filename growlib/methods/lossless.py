@@ -123,6 +123,28 @@ def query_heads(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
     return AxisMap(n, source, split_evenly(n, source), inexact=inexact if lost else "")
 
 
+def normed_heads(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+    """q whole copies of all heads, which keep the mean square over them; the rest is faint, and nothing reads it."""
+    n, N = old[name], new[name]
+    k, K = (old[axis.groups], new[axis.groups]) if axis.groups else (n, N)
+    plain = query_heads(name, axis, old, new) if axis.groups else units(name, axis, old, new)
+    beside_a_copy = np.arange(N) // (N // K) < K // k * k
+    nth = np.array([np.sum(plain.source[:j] == i) for j, i in enumerate(plain.source)])  # copies before this one
+    q = np.bincount(plain.source[beside_a_copy], minlength=n).min()
+    source = np.where(beside_a_copy & (nth < q), plain.source, -1)
+    s, values = q * n / N, K // k * k / K  # queries and keys have a norm to take the scale back, values their readers
+    return AxisMap(
+        n,
+        source,
+        split_evenly(n, source) * values**0.5,
+        write=s**-0.5 if q else 1.0,
+        gain=s**0.5,
+        new_writes="faint",
+        spread=1e-3,
+        inexact=plain.inexact,
+    )
+
+
 def _dot_product(name: str, axis: Axis, old: Sizes, new: Sizes, source: np.ndarray, inexact: str = "") -> AxisMap:
     # Queries take the growth of the score's 1/sqrt(head_dim) back; zero keys leave the new query rows free.
     is_query = axis.meets.endswith("query")
@@ -167,6 +189,8 @@ RULES = {
     "post_layer_norm": post_norm_residual,
     "query_heads": query_heads,
     "key_heads": units,
+    "normed_query_heads": normed_heads,
+    "normed_key_heads": normed_heads,
     "query": dot_product,
     "key": dot_product,
     "rotary_query": rotary_dot_product,

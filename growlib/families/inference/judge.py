@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.apply import apply
 from growlib.checkpoint import empty_model, fill, skeleton, skeleton_of
 from growlib.families.inference.sizes import changed
-from growlib.families.inference.tiny import inputs_of, run
+from growlib.families.inference.tiny import inputs_of, outputs
 from growlib.families.schema import Family, growth_name
 from growlib.methods import method
 from growlib.plan import make_plan
@@ -50,9 +51,14 @@ def trial(family: Family, model: PreTrainedModel, fields: Mapping[str, Any]) -> 
 def distance(model: PreTrainedModel, grown: PreTrainedModel, seed: int) -> float:
     """The largest difference of what they compute, in shares of the spread of the first one's output."""
     given = inputs_of(model, seed=seed)
-    old, new = run(model, given).double(), run(grown, given).double()
+    old, new = outputs(model, given), outputs(grown, given)
+    shares = [_share(old[name].double(), new[name].double()) for name in old]
+    return float(torch.tensor(shares).nan_to_num(torch.inf).max())
+
+
+def _share(old: Tensor, new: Tensor) -> float:
     new = new[tuple(slice(length) for length in old.shape)]
-    return ((new - old).abs().max() / (old.max() - old.min())).nan_to_num(torch.inf).item()
+    return ((new - old).abs().max() / (old.max() - old.min())).item()
 
 
 def growths(family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -51,6 +51,8 @@ def draft(model: PreTrainedModel) -> Family:
     for name, module in model.named_modules():
         if experts := _expert_count(state, module):
             state.axis("experts", experts, "experts", name)
+        if isinstance(module, nn.MultiheadAttention):
+            state.inputs[state.key(f"{name}.out_proj")] = _head_axes(state, name, module)[2]
     for name, module in model.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
             row = state.row_of(f"{name}.{kind}".removeprefix(state.prefix) if name else kind)
@@ -162,6 +164,9 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         reads = tuple(_dim(state, size, "read") for size in shape[1:2])
         return (_dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
+    if isinstance(module, nn.MultiheadAttention) and kind.startswith("in_proj"):
+        write = Dim(_head_axes(state, name, module), "write")
+        return (write, _dim(state, shape[1], "read")) if len(shape) == 2 else (write,)
     if len(shape) > 1 and shape[0] == _expert_count(state, module):
         return _expert_layout(state, name, kind, shape)
     if len(shape) == 1 and shape[0] == state.hidden and state.stack_of(name):
@@ -208,10 +213,22 @@ def _linear_layout(state: Draft, name: str, module: nn.Module, kind: str) -> Lay
         read = Dim((state.inputs[state.key(name)],), "read")
     else:
         read = _raw_if(state, name, _dim(state, features_in, "read"))
-        times, rest = divmod(features_in, state.hidden)
-        if read.parts == FIXED.parts and not rest:
-            read = Dim((("hidden",),) * times, "read")  # several vectors side by side, such as a class token and a mean
+        if read.parts == FIXED.parts:
+            read = _side_by_side(state, features_in) or read
     return (read, write) if isinstance(module, Conv1D) else (write, read)
+
+
+def _side_by_side(state: Draft, size: int) -> Dim | None:
+    """Several vectors, such as a class token and a mean, or the heads of all layers."""
+    times, rest = divmod(size, state.hidden)
+    if not rest:
+        return Dim((("hidden",),) * times, "read")
+    heads = next((axis for axis in state.sizes if axis.endswith("heads")), "")
+    for stack in state.stacks[:1]:
+        layers = len(list(state.model.get_submodule(state.prefix + stack.block.partition(".*")[0]).children()))
+        if heads and size == layers * state.sizes[heads]:
+            return Dim(((state.axis("layers", layers, "layers", ""), heads),), "read")
+    return None
 
 
 def _raw_if(state: Draft, name: str, dim: Dim) -> Dim:
@@ -244,6 +261,13 @@ def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> 
         stream = not is_post_norm(state) and (is_branch(state, name) or not feeds(state, name))
         axes = ("raw",) if stream else ("hidden",)
     return (Dim((axes,), side, offset=offset),)
+
+
+def _head_axes(state: Draft, name: str, module: nn.MultiheadAttention) -> tuple[tuple[str, str], ...]:
+    """The axes of torch's own attention: queries, keys and values one after the other."""
+    heads = state.axis("heads", module.num_heads, "query_heads", name)
+    kinds = (("query", "query"), ("key", "key"), ("value", "linear"))
+    return tuple((heads, state.axis(kind, module.head_dim, meets, name)) for kind, meets in kinds)
 
 
 def _expert_count(state: Draft, module: nn.Module) -> int | None:
@@ -314,7 +338,9 @@ def _meets(state: Draft, axis: str) -> str:
     if axis == "hidden":
         centred = any(norm.centred for name, norm in state.norms.items() if is_hidden(state, name))
         return "post_layer_norm" if centred and is_post_norm(state) else "layer_norm" if centred else "rms_norm"
-    return state.meets[axis]
+    scaled = [layout[0].parts[0] for layout in state.rows.values() if layout and layout[0].side == "scale"]
+    together = any(len(part) > 1 and part[0] == axis for part in scaled)
+    return f"normed_{state.meets[axis]}" if together else state.meets[axis]
 
 
 def _groups(state: Draft, axis: str, sizes: dict[str, str]) -> dict[str, str]:

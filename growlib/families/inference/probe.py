@@ -188,10 +188,10 @@ def _moved(output: Any, batch: int) -> Any:
         return output
     copy = tensor.clone()
     view = copy.view(batch, -1, batch - 1) if copy.numel() % (batch * (batch - 1)) == 0 else None
-    if view is None or view.shape[1] <= POSITION:
+    if view is None:
         return output
     each = torch.arange(batch - 1)
-    view[each, POSITION, each] += 1.0 + view.abs().mean()
+    view[each, min(POSITION, view.shape[1] - 1), each] += 1.0 + view.abs().mean()
     return (copy, *output[1:]) if isinstance(output, tuple) else copy
 
 

@@ -77,7 +77,7 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
                 count = sum(p.numel() for p in model_class(copy.deepcopy(small)).parameters())
             if count <= LARGEST:
                 model = tiny_model(model_class, small)
-                run(model, inputs_of(model))
+                outputs(model, inputs_of(model))
                 return small
             wrong = wrong or ValueError(f"its small model has {count:,} parameters")
         except Exception as error:  # whatever a class of transformers raises
@@ -165,7 +165,10 @@ def inputs_of(model: PreTrainedModel, batch: int = 2, length: int = 7, seed: int
 
 
 @torch.no_grad()
-def run(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
-    """The model's first output of at least two dimensions."""
-    outputs = model(**given, return_dict=True)
-    return next(v for k, v in outputs.items() if isinstance(v, Tensor) and v.ndim >= 2 and k != "loss")
+def outputs(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's outputs of at least two dimensions."""
+    named = model(**given, return_dict=True)
+    found = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.ndim >= 2 and v.is_floating_point()}
+    if not found:
+        raise ValueError("it puts out no tensor of two dimensions")
+    return found
