@@ -32,6 +32,7 @@ from growlib.families.schema import Axis, Dim, Family, Layout, Stack
 from growlib.plan import Skeleton
 
 MOST = 0.6  # of the channels: more than one of at least two heads
+CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 FIXED = Dim((("fixed",),), "write")
 
 
@@ -47,6 +48,7 @@ def draft(model: PreTrainedModel) -> Family:
     state.sizes["hidden"] = state.hidden
     _linear_maps(state)
     _stack_norms(state)
+    _pooled_as_hidden(state)
     _other_streams(state)
     for name, module in model.named_modules():
         if experts := _expert_count(state, module):
@@ -111,13 +113,8 @@ def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> Non
         )
         if axis == "kv_heads" and (size == 1 or shared):
             continue  # one KV head never grows; as many as query heads are the same axis
-        outside = state.stack_of(reader) is None
-        if axis == "ffn" and outside:
-            names[axis] = (
-                "hidden" if is_post_norm(state) and size == state.hidden else state.axis("pooled", size, meets, reader)
-            )
-        else:
-            names[axis] = state.axis(axis, size, meets, reader)
+        kind = "pooled" if axis == "ffn" and state.stack_of(reader) is None else axis
+        names[axis] = state.axis(kind, size, meets, reader)
     if shared:
         names["kv_heads"] = names.get("heads", "")
 
@@ -143,6 +140,14 @@ def _stack_norms(state: Draft) -> None:
             state.stacks[index] = replace(stack, inner_norms=inner, last_norm=last.removeprefix(block))
 
 
+def _pooled_as_hidden(state: Draft) -> None:
+    """The pooled vector of a post-norm model grows as its stream does."""
+    if is_post_norm(state) and state.sizes.get("pooled") == state.hidden:
+        del state.sizes["pooled"]
+        state.inputs |= {name: ("hidden",) for name, axes in state.inputs.items() if axes == ("pooled",)}
+        state.outputs |= {n: ((("hidden",),), "") for n, (parts, _) in state.outputs.items() if parts == (("pooled",),)}
+
+
 def _other_streams(state: Draft) -> None:
     """Norms over an axis of their own, such as factorised embeddings or a low-rank bottleneck."""
     embedded = {m.embedding_dim for m in state.model.modules() if isinstance(m, nn.Embedding)}
@@ -161,7 +166,7 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
         return _linear_layout(state, name, module, kind)
     if isinstance(module, nn.Embedding):
         return (Dim(((_lookup(state, name, shape[0]),),), "read"), _dim(state, shape[1], "write", heads=True))
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, CONVOLUTIONS):
         reads = tuple(_dim(state, size, "read") for size in shape[1:2])
         return (_dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
     if isinstance(module, nn.MultiheadAttention) and kind.startswith("in_proj"):
@@ -213,7 +218,7 @@ def _linear_layout(state: Draft, name: str, module: nn.Module, kind: str) -> Lay
         read = Dim((state.inputs[state.key(name)],), "read")
     else:
         read = _raw_if(state, name, _dim(state, features_in, "read"))
-        if read.parts == FIXED.parts:
+        if read.parts == FIXED.parts and not state.stack_of(name):
             read = _side_by_side(state, features_in) or read
     return (read, write) if isinstance(module, Conv1D) else (write, read)
 
@@ -272,6 +277,8 @@ def _head_axes(state: Draft, name: str, module: nn.MultiheadAttention) -> tuple[
 
 def _expert_count(state: Draft, module: nn.Module) -> int | None:
     """How many experts a module holds, stacked in tensors of three dimensions."""
+    if isinstance(module, CONVOLUTIONS):
+        return None
     stacked = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3} - {1, state.hidden}
     return stacked.pop() if len(stacked) == 1 else None
 

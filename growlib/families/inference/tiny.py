@@ -34,6 +34,7 @@ SIZES = {
     1: "first_k_dense_replace n_group topk_group num_dense_layers moe_layer_start_index",
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
+SCANNED = {"num_heads": 4, "head_dim": 32, "mamba_n_heads": 8, "mamba_d_head": 16}
 STAGES = ("stage_names", "out_features", "out_indices")  # a config derives them from its layers
 LARGEST = 3_000_000  # parameters of a model that is still tiny
 
@@ -70,7 +71,9 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
     unset = {name: SIZE_OF[name] for name, value in fields.items() if value is None and name in SIZE_OF}
     unset |= {name: 0 for name in ("pad_token_id", "mask_token_id") if fields.get(name, 0) is None}
     wrong: Exception | None = None
-    for more in ({}, head_dim, no_groups, no_groups | head_dim, unset, unset | head_dim):
+    # A scan's state is often twice as wide as hidden.
+    scanned = {name: size for name, size in SCANNED.items() if name in fields}
+    for more in ({}, head_dim, no_groups, no_groups | head_dim, unset, unset | head_dim, scanned):
         try:
             small = type(config).from_dict({**fields, **more})
             with torch.device("meta"):
@@ -83,6 +86,11 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
         except Exception as error:  # whatever a class of transformers raises
             wrong = wrong or error
     asked = f"building a tiny {model_class.__name__}"
+    parts = [name for name, value in config.to_dict().items() if isinstance(value, dict) and "model_type" in value]
+    if parts:
+        raise GrowError(
+            asked, f"it is made of several configs: {', '.join(parts)}", "a part of it, such as its language model"
+        )
     reason = str(wrong).strip().splitlines() or [type(wrong).__name__]
     raise GrowError(asked, reason[0], "a class that can be built at small sizes, or a table in growlib/families")
 
