@@ -152,6 +152,12 @@ CASES = {  # sizes that the judge never sees
         {**CAUSAL, **SHAPE, **GQA, "num_local_experts": 3, "num_experts_per_tok": 2},
         {"hidden_size": 72, "intermediate_size": 76, "num_attention_heads": 12, "num_key_value_heads": 4},
     ),
+    "olmo2": (  # a norm over all heads at once
+        T.Olmo2ForCausalLM,
+        {**CAUSAL, **SHAPE, **GQA},
+        {"hidden_size": 78, "num_attention_heads": 13, "num_key_value_heads": 13},
+    ),
+    "helium": (T.HeliumForCausalLM, {**CAUSAL, **SHAPE, **GQA, "head_dim": 6}, WIDER),
     "bloom": (
         T.BloomForCausalLM,
         {"vocab_size": 61, "hidden_size": 24, "n_head": 3, "n_layer": 2},
@@ -170,6 +176,17 @@ def test_inferred_types_grow_exactly_at_any_size(model_type, tmp_path):
     assert error(small, big, input_ids=ids) < 1e-5
     big.save_pretrained(tmp_path)  # on disk some classes have other names for their tensors
     assert error(small, model_class.from_pretrained(tmp_path), input_ids=ids) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma2", "olmo2", "gpt_neox"])
+def test_one_eps_serves_norms_of_any_width(model_type):
+    """The mean square stays what it was, so that eps weighs what it did: here as much as the signal."""
+    model_class, options, growth = CASES[model_type]
+    default = model_class.config_class().to_dict()
+    eps = {name: 0.3 for name in ("rms_norm_eps", "layer_norm_eps") if name in default}
+    small = randomise(model_class(model_class.config_class(**options, **eps)), 0, 0.2).eval()
+    assert eps
+    assert growlib.verify(small, growlib.expand(small, growth, exact=True)).exact
 
 
 @torch.no_grad()
@@ -200,6 +217,39 @@ def test_an_encoder_decoder_with_tied_embeddings_grows():
     inputs = {"input_ids": torch.arange(20, 32)[None], "decoder_input_ids": torch.arange(30, 38)[None]}
     assert error(small, big, **inputs) < 1e-5
     assert big.lm_head.weight is big.model.shared.weight
+
+
+@torch.no_grad()
+def test_what_reads_all_layers_reads_those_that_act():
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 32}
+    config = T.EsmConfig(vocab_size=33, pad_token_id=1, mask_token_id=32, max_position_embeddings=40, **sizes)
+    small = randomise(T.EsmForMaskedLM._from_config(config, attn_implementation="eager"), 0).eval()
+    big = growlib.expand(small, {"hidden_size": 48, "num_hidden_layers": 5}, exact=True)
+    ids = torch.randint(4, 30, (2, 9), generator=torch.Generator().manual_seed(1))
+    old, new = (model.predict_contacts(ids, torch.ones_like(ids)) for model in (small, big))
+    assert (new - old).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_the_pooled_output_of_torch_attention_grows():
+    sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32}
+    small = randomise(T.SiglipVisionModel(T.SiglipVisionConfig(image_size=16, patch_size=8, **sizes)), 0).eval()
+    big = growlib.expand(small, {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 64}, exact=True)
+    image = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    old, new = small(image).pooler_output, big(image).pooler_output[:, :24]
+    assert (new - old).abs().max() / (old.max() - old.min()) < 1e-5
+
+
+def test_of_a_model_of_several_configs_the_parts_grow():
+    text = {**CAUSAL, **SHAPE, **GQA, "head_dim": 8, "sliding_window": 8}
+    vision = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    config = T.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 16, "patch_size": 8})
+    whole = randomise(T.Gemma3ForConditionalGeneration(config), 0, 0.2).eval()
+    with pytest.raises(GrowError, match=r"several configs: text_config, vision_config.*its language model"):
+        growlib.plan(whole, {"text_config": {"num_hidden_layers": 5}})
+    small = whole.model.language_model
+    big = growlib.expand(small, {"num_hidden_layers": 5, "intermediate_size": 64}, exact=True)
+    assert growlib.verify(small, big).exact
 
 
 def test_layers_of_another_kind_keep_their_place():

@@ -198,6 +198,8 @@ def parse_layout(text: str) -> Layout:
         kind: Side = "scale" if match.group(2) == "scale" else "shift"
         return (Dim((tuple(match.group(3).split()),), kind, offset=1.0 if match.group(1) else 0.0),)
     *words_and_arrows, last = re.split(r"(->|<-)", text)
+    if not words_and_arrows:
+        raise ValueError(f"there is no arrow in {text!r}")
     dims, before = [], ""
     for words, after in zip([*words_and_arrows[::2], last], [*words_and_arrows[1::2], ""], strict=True):
         side: Side = "write" if before == "->" or after == "<-" else "read"

@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -16,20 +17,24 @@ from types import FrameType
 
 import transformers
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from growlib.errors import GrowError
-from growlib.families import infer
+from growlib.families import families, family, infer
+from growlib.families.inference import judge
+from growlib.families.inference.tiny import class_of, tiny_config, tiny_model
 from growlib.families.schema import Family
 
-PATIENCE = 60  # seconds per type
+PATIENCE = 120  # seconds per type
 GROWTHS = {
     "hidden ×2": ("hidden x2",),
     "hidden ×1.5": ("hidden x1.5",),
     "heads": ("heads x2",),
     "FFN": ("ffn x1.5", "expert_ffn x1.5", "ffn x2", "expert_ffn x2"),
     "head_dim": ("query x2",),
+    "experts": ("experts x2",),
     "vocabulary": ("vocab x1.5",),
 }
 MAPPINGS = (
@@ -50,7 +55,7 @@ class OutOfTime(BaseException):
 
 
 def judged(model_type: str) -> Family:
-    """The inferred table of a type at its default config. Raises GrowError with the reason where there is none."""
+    """The table of a type at its default config, with verdicts. Raises GrowError where there is none."""
 
     def late(signum: int, frame: FrameType | None) -> None:
         raise OutOfTime
@@ -58,7 +63,8 @@ def judged(model_type: str) -> Family:
     previous = signal.signal(signal.SIGALRM, late)
     signal.alarm(PATIENCE)
     try:
-        return infer(CONFIG_MAPPING[model_type]())
+        config = CONFIG_MAPPING[model_type]()
+        return heard(config) if model_type in families() else infer(config)
     except OutOfTime as error:
         raise GrowError(f"inferring {model_type}", f"it took more than {PATIENCE} s", "a table") from error
     except GrowError:
@@ -70,6 +76,12 @@ def judged(model_type: str) -> Family:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def heard(config: PreTrainedConfig) -> Family:
+    """A curated table with what the judge says of it."""
+    table, model_class = family(config.model_type), class_of(config)
+    return replace(table, proven=judge.verdicts(table, tiny_model(model_class, tiny_config(config, model_class))))
 
 
 def depth(table: Family) -> str:
@@ -136,7 +148,8 @@ def _head(tables: dict[str, dict[str, str | None]], refused: dict[str, str], col
     )
     yield (
         f"Of {len(tables) + len(refused)} causal, masked, sequence-to-sequence and image types, {len(tables)} have a "
-        f"table by inference from their default config. Exact among these: "
+        f"table, {len(families())} of them a curated one, the others by inference from their default config. "
+        "Exact among these: "
         + ", ".join(f"{column} {sum(found[column] == '' for found in tables.values())}" for column in columns)
         + ". Each was grown at tiny size with every parameter random.\n"
     )

@@ -65,6 +65,12 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
 
     Raises GrowError where no small model of the class can be built and run.
     """
+    asked = f"building a tiny {model_class.__name__}"
+    nested = {name: value for name, value in config.to_dict().items() if isinstance(value, dict)}
+    parts = [name for name, value in nested.items() if value.keys() & set(SIZES[64].split())]
+    if parts:
+        valid = "a part of it, such as its language model"
+        raise GrowError(asked, f"it is made of several configs: {', '.join(parts)}", valid)
     fields = _small(config)
     head_dim = {"head_dim": 16} if "head_dim" in fields else {}
     no_groups = {"num_key_value_heads": 4} if "num_key_value_heads" in fields else {}
@@ -85,12 +91,6 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
             wrong = wrong or ValueError(f"its small model has {count:,} parameters")
         except Exception as error:  # whatever a class of transformers raises
             wrong = wrong or error
-    asked = f"building a tiny {model_class.__name__}"
-    parts = [name for name, value in config.to_dict().items() if isinstance(value, dict) and "model_type" in value]
-    if parts:
-        raise GrowError(
-            asked, f"it is made of several configs: {', '.join(parts)}", "a part of it, such as its language model"
-        )
     reason = str(wrong).strip().splitlines() or [type(wrong).__name__]
     raise GrowError(asked, reason[0], "a class that can be built at small sizes, or a table in growlib/families")
 
