@@ -252,6 +252,13 @@ def test_of_a_model_of_several_configs_the_parts_grow():
     assert growlib.verify(small, big).exact
 
 
+def test_as_many_layers_as_heads_are_not_taken_for_heads():
+    options = {**CAUSAL, **SHAPE, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small = randomise(T.Qwen3ForCausalLM(T.Qwen3Config(**options, head_dim=8)), 0, 0.2).eval()
+    big = growlib.expand(small, {"num_attention_heads": 8, "num_key_value_heads": 4}, exact=True)
+    assert growlib.verify(small, big).exact
+
+
 def test_layers_of_another_kind_keep_their_place():
     """glm4_moe's first layer is dense: new layers are copies of layers with the same tensors."""
     options = {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}

@@ -310,6 +310,7 @@ def _family(state: Draft, base: Skeleton, others: list[Build]) -> Family:
     rows = {state.row_of(base.base(name)) for name in base.shapes}
     alike = [b for b in others if {state.row_of(base.base(name)) for name in b.skeleton.shapes} == rows]
     bound = [b.field for b in others if b not in alike and getattr(base.config, b.field) == state.hidden]
+    _only_hidden(state, base, alike)
     sizes = choose(state.sizes, hints, state.rows, state.row_of, base, alike)
     if "hidden" not in sizes:
         asked = f"inferring the table of {type(state.model).__name__}"
@@ -331,6 +332,27 @@ def _family(state: Draft, base: Skeleton, others: list[Build]) -> Family:
         | routed
         | {field: axes["hidden"].size for field in bound if field != axes["hidden"].size},
     )
+
+
+def _only_hidden(state: Draft, base: Skeleton, others: list[Build]) -> None:
+    """Dimensions that have the width's length by chance keep theirs: those that it does not explain in every build."""
+    skeletons = [base, *(build.skeleton for build in others if not build.was_absent)]
+    fields = [f for f, v in base.config.to_dict().items() if type(v) is int and v == state.hidden]
+
+    def chance(field: str) -> set[tuple[str, int]]:
+        return {
+            (row, i)
+            for skeleton in skeletons
+            for name, shape in skeleton.shapes.items()
+            for row in [state.row_of(skeleton.base(name))]
+            for i, (dim, length) in enumerate(zip(state.rows.get(row, ()), shape, strict=False))
+            if dim.parts == (("hidden",),) and length != getattr(skeleton.config, field)
+        }
+
+    for row, i in min(map(chance, fields), key=len, default=set()):
+        layout = state.rows[row]
+        fixed = replace(FIXED, side=layout[i].side)
+        state.rows[row] = (*layout[:i], fixed, *layout[i + 1 :])
 
 
 def _known(dim: Dim, sizes: dict[str, str]) -> Dim:

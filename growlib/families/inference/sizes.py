@@ -50,7 +50,8 @@ def changed(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedCo
     values = {name: value for name, value in config.to_dict().items() if name not in STAGES}
     for name, new in fields.items():
         old = values[name]
-        if isinstance(old, int) and isinstance(new, int) and new > old > 1:
+        counts_layers = SIZE_OF.get(name, 3) == 3
+        if counts_layers and isinstance(old, int) and isinstance(new, int) and new > old > 1:
             lengthen(values, old, [layer * old // new for layer in range(new)], fields)
     return type(config).from_dict({**values, **fields})
 
