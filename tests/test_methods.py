@@ -28,7 +28,7 @@ def matrices(axis_map):
 
 
 def grow(meets, old, new, **axis):
-    return lossless.width("axis", Axis("size", meets, **axis), {"axis": old}, {"axis": new})
+    return lossless.width("axis", Axis("size", meets, **axis), {"axis": old}, {"axis": new}, 0)
 
 
 @pytest.mark.parametrize("meets", ["lookup", "linear", "elementwise", "key", "key_heads"])
@@ -105,8 +105,8 @@ def test_query_heads_stay_with_their_kv_head(k, group, new_k, new_group):
     old, new = {"heads": k * group, "kv": k}, {"heads": new_k * new_group, "kv": new_k}
     if new_k < k or new["heads"] < old["heads"]:
         return
-    heads = lossless.width("heads", Axis("h", "query_heads", groups="kv"), old, new)
-    kv_heads = lossless.width("kv", Axis("k", "key_heads"), old, new)
+    heads = lossless.width("heads", Axis("h", "query_heads", groups="kv"), old, new, 0)
+    kv_heads = lossless.width("kv", Axis("k", "key_heads"), old, new, 0)
     kv_of_new_head = kv_heads.source[np.arange(new["heads"]) // new_group]
     np.testing.assert_array_equal(kv_of_new_head, heads.source // group)
     every_head_survives = set(heads.source) == set(range(old["heads"]))

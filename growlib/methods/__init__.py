@@ -8,8 +8,8 @@ from growlib.errors import GrowError
 from growlib.families.schema import Axis, Sizes
 from growlib.methods import lossless, stack
 
-Width = Callable[[str, Axis, Sizes, Sizes], AxisMap]
-Depth = Callable[[int, int], LayerMap]
+Width = Callable[[str, Axis, Sizes, Sizes, int], AxisMap]  # axis name, axis, old sizes, new sizes, seed
+Depth = Callable[[int, int], LayerMap]  # old layers, new layers
 
 
 @dataclass(frozen=True)
