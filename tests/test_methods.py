@@ -9,7 +9,7 @@ from tiny import tiny
 
 import growlib
 from growlib.families.schema import Axis
-from growlib.methods import lossless, method, stack
+from growlib.methods import Method, lemon, lossless, method, stack
 
 sizes = st.integers(2, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(n, 4 * n)))
 
@@ -125,12 +125,16 @@ def test_depth_maps(old, more):
     assert bool(stacked.inexact) == (more > 0)
 
 
-def test_the_method_table():
-    rows = growlib.methods()
-    assert [row.name for row in rows] == ["lossless", "stack"]
-    assert all(row.exact and row.source and (row.width or row.depth) for row in rows)
-    both = method("lossless+stack")
-    assert (both.width, both.depth) == (lossless.width, stack.depth)
+def test_methods_compose_by_name_and_by_hand():
+    both = method("lemon+stack")
+    assert (both.width, both.depth) == (lemon.width, stack.depth)
+    small, growth = tiny("llama"), {"hidden_size": 84, "num_attention_heads": 6, "num_key_value_heads": 3}
+    by_hand = Method(width=lemon.width, depth=stack.depth)
+    assert growlib.plan(small, growth, by_hand).maps == growlib.plan(small, growth, "lemon+stack").maps
+    assert growlib.plan(small, growth, Method(width=lemon.width)).exact
+    for wrong, lacking in (("stack+lemon", "stack has no width"), ("lemon+hypercloning", "hypercloning has no depth")):
+        with pytest.raises(growlib.GrowError, match=lacking):
+            method(wrong)
 
 
 def test_a_stacked_model_repeats_its_layers():
