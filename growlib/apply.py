@@ -12,26 +12,31 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from growlib.axes import AxisMap
+from growlib.axes import AxisMap, copy_numbers, own_blocks
 from growlib.families.schema import Dim, Side
 
 if TYPE_CHECKING:
     from growlib.plan import Entry, GrowthPlan
 
-# Noise over the copies of an entry, in standard deviations of the tensor that reads them.
-COPY_NOISE = 0.5
+# The dimension that holds a tensor and its twin of the next layer, where rows are taken from both.
+SOURCES = "sources"
 
 
 def apply(plan: "GrowthPlan", tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) for each tensor of the grown model, in the dtype and on the device of its source."""
     for entry in plan.entries:
         source = tensors[entry.source] if entry.source else torch.zeros(entry.old_shape)
-        yield entry.name, grow_tensor(entry, source, plan)
+        yield entry.name, grow_tensor(entry, source, plan, tensors[entry.following] if entry.following else None)
 
 
-def grow_tensor(entry: "Entry", source: Tensor, plan: "GrowthPlan") -> Tensor:
-    """Grow one tensor: float32 arithmetic (float64 for float64 sources), the source's dtype."""
+def grow_tensor(entry: "Entry", source: Tensor, plan: "GrowthPlan", following: Tensor | None = None) -> Tensor:
+    """Grow one tensor: float32 arithmetic (float64 for float64 sources), the source's dtype.
+
+    `following` is the same tensor of the next layer, for entries that take from it.
+    """
     work = source.detach().to(torch.promote_types(source.dtype, torch.float32))
+    if following is not None and entry.share:
+        work = torch.lerp(work, following.detach().to(work), entry.share)
     deviation = work.std(correction=0)
     if work.ndim > 1 and deviation == 0:
         deviation = deviation + plan.initializer_range  # an all-zero matrix still needs free values that differ
@@ -39,7 +44,14 @@ def grow_tensor(entry: "Entry", source: Tensor, plan: "GrowthPlan") -> Tensor:
         return source.detach().clone()
     offset = entry.layout[0].offset
     work = torch.full_like(work, entry.constant) if entry.constant is not None else work + offset
-    grown = _grow(work, entry.layout, plan, Draw(plan.seed, entry.name, deviation))
+    draw, layout = Draw(plan.seed, entry.name, deviation), entry.layout
+    if following is None or entry.constant is not None:
+        grown = _grow(work, layout, plan, draw)
+    else:
+        pair = torch.stack([work, following.detach().to(work) + offset], dim=-1)
+        grown = _grow(pair, (*layout, Dim(((SOURCES,),), "write")), plan, draw)[..., 0]
+    if entry.noise and entry.constant is None:
+        grown = grown + entry.noise * draw.normal(grown)
     return (grown * entry.factor - offset).to(source.dtype)
 
 
@@ -84,6 +96,12 @@ def _grow_part(part: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: 
     for position, (axis, side) in sorted(enumerate(axes), key=lambda item: item[1][1] == "read"):
         if axis in plan.maps and not plan.maps[axis].is_identity:
             part = _GROW[side](part, position, plan.maps[axis], draw)
+            if side == "write" and plan.maps[axis].from_next and axes[-1][0] == SOURCES:
+                later = _along(torch.from_numpy(copy_numbers(plan.maps[axis].source) > 0), position, part)
+                part = torch.where(later, part[..., 1:], part)
+    for d, e, copies in own_blocks(axes, plan.maps):  # copy k reads copy k alone, at full weight
+        numbers = [torch.from_numpy(copy_numbers(plan.maps[axes[dim][0]].source)) for dim in (d, e)]
+        part = part * (_along(numbers[0], d, part) == _along(numbers[1], e, part)) * copies
     return rearrange(part, f"{flat} -> {folded}")
 
 
@@ -109,8 +127,8 @@ def read_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: Draw) -> Tensor:
     weights = torch.from_numpy(axis_map.read).to(part)
     grown = part.index_select(dim, index) * _along(weights, dim, part)
     copies = torch.from_numpy(axis_map.copies()).to(part)
-    if copies.max() > 1:
-        noise = COPY_NOISE * draw.normal(grown)
+    if axis_map.copy_noise and copies.max() > 1:
+        noise = axis_map.copy_noise * draw.normal(grown)
         noise = torch.where(_new(axis_map, dim, part), 0, noise / _along(copies[index], dim, part))
         total = torch.zeros_like(part).index_add_(dim, index, noise)
         mean = total.index_select(dim, index) / _along(copies[index], dim, part)
@@ -123,6 +141,9 @@ def read_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: Draw) -> Tensor:
 def write_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: Draw) -> Tensor:
     """E W along one dimension: [.., n, ..] -> [.., N, ..]."""
     grown = part.index_select(dim, _index(axis_map, part)) * axis_map.write
+    if axis_map.write_noise:
+        later = _along(torch.from_numpy(copy_numbers(axis_map.source) > 0), dim, part)
+        grown = grown + later * axis_map.write_noise * draw.normal(grown)
     match axis_map.new_writes:
         case "mean":
             new = part.mean(dim, keepdim=True) * axis_map.write

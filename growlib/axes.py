@@ -5,6 +5,8 @@ on it, C (n x N) what the tensors that read it take from it. Growth preserves th
 Both have at most one entry per new index, so a map is an index list and scales, never a dense matrix.
 """
 
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +37,10 @@ class AxisMap:
     new_shift: Literal["zero", "mean"] = "zero"  # what a norm's bias holds on new entries
     new_scale: Literal["free", "zero"] = "free"  # what a norm's weight holds on new entries
     spread: float = 1.0
+    copy_noise: float = 0.5  # noise on the readers of an entry's m copies, in standard deviations / m; it cancels
+    write_noise: float = 0.0  # noise on what the copies after the first write, in standard deviations; it does not
+    from_next: bool = False  # the copies after the first write what the next layer writes
+    blocks: bool = False  # copy k is read by copy k of an axis with as many copies, and by no other
     inexact: str = ""  # why this map cannot preserve the function; empty where it does
 
     @property
@@ -64,6 +70,8 @@ class LayerMap:
     source: tuple[int, ...]
     identity: tuple[bool, ...]
     inexact: str = ""
+    share: tuple[float, ...] = ()  # of the layer after `source` in each target layer; empty: none
+    noise: float = 0.0  # on the copies of a layer after its first, in standard deviations of each tensor
 
 
 def tile(old: int, new: int) -> np.ndarray:
@@ -75,3 +83,46 @@ def split_evenly(old: int, source: np.ndarray) -> np.ndarray:
     """Reader weights that give each of the m copies of an entry 1/m."""
     copies = np.bincount(source[source >= 0], minlength=old)
     return np.where(source >= 0, 1.0 / np.maximum(copies, 1)[source], 0.0)
+
+
+def copy_numbers(source: np.ndarray) -> np.ndarray:
+    """How many copies of the same old entry stand before each entry: int64 [N], 0 on new entries."""
+    order = np.argsort(source, kind="stable")
+    numbers = np.empty(len(source), dtype=np.int64)
+    numbers[order] = np.arange(len(source)) - np.searchsorted(source[order], source[order])
+    return np.where(source >= 0, numbers, 0)
+
+
+def own_blocks(axes: Sequence[tuple[str, str]], maps: Mapping[str, AxisMap]) -> Iterator[tuple[int, int, int]]:
+    """For the (axis, side) of a tensor's dimensions: which write and which read copies of their own, and how many."""
+    for d, (written, side) in enumerate(axes):
+        for e, (read, other) in enumerate(axes):
+            if (side, other) == ("write", "read") and written in maps and read in maps:
+                copies = maps[written].copies().max()
+                if maps[written].blocks and maps[read].blocks and maps[read].copies().max() == copies > 1:
+                    yield d, e, int(copies)
+
+
+def repeated(old: int, source: tuple[int, ...], noise: float = 0.0) -> LayerMap:
+    """Layers that all act, some more than once."""
+    changed = source != tuple(range(old))
+    inexact = f"{old} -> {len(source)} layers: a copied layer acts again" if changed else ""
+    return LayerMap(old, source, (False,) * len(source), inexact, noise=noise)
+
+
+def after_each(old: int, extra: Sequence[int]) -> LayerMap:
+    """Each layer l followed by `extra[l]` copies of it that start as the identity."""
+    source = tuple(layer for layer in range(old) for _ in range(1 + extra[layer]))
+    return LayerMap(old, source, tuple(t > 0 and source[t] == source[t - 1] for t in range(len(source))))
+
+
+def shuffled_copies(old: int, new: int, rng: np.random.Generator) -> np.ndarray:
+    """Old indices in their place, then in random orders, each whole before the next begins: int64 [N]."""
+    rounds = [np.arange(old), *(rng.permutation(old) for _ in range(new // old))]
+    return np.concatenate(rounds)[:new]
+
+
+def chance(seed: int, name: str) -> np.random.Generator:
+    """The random numbers of one axis, or of all axes of one size: the same for a seed and a name."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))

@@ -40,6 +40,9 @@ class Entry:
     new_shape: Shape
     constant: float | None = None  # replaces the source's values
     factor: float = 1.0
+    following: str | None = None  # the same tensor of the next layer, where entries come from it
+    share: float = 0.0  # of `following` in every entry
+    noise: float = 0.0  # in standard deviations of the source
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
         raise GrowError(asked, wrong, f"method 'lossless+{method.name}'")
     if method.depth is None and grows & depths.keys():
         raise GrowError(asked, f"{method.name} does not grow depth", f"method '{method.name}+lossless'")
-    maps = _maps(family, method, old, new, source.config)
+    maps = _maps(family, method, seed, old, new, source.config)
     layers = {
         stack.layers: _fitted(layer_map(method, old[stack.layers], new[stack.layers]), stack, source, target)
         for stack in family.stacks
@@ -216,14 +219,14 @@ def layer_map(method: Method, old: int, new: int) -> LayerMap:
 
 
 def _maps(
-    family: Family, method: Method, old: Mapping[str, int], new: Mapping[str, int], config: PreTrainedConfig
+    family: Family, method: Method, seed: int, old: Mapping[str, int], new: Mapping[str, int], config: PreTrainedConfig
 ) -> dict[str, AxisMap]:
     if method.width is None:
         return {}
     maps = {}
     for name, axis in family.axes.items():
         if axis.meets and axis.meets != "layers":
-            maps[name] = method.width(name, axis, old, new)
+            maps[name] = method.width(name, axis, old, new, seed)
             if axis.scaled_by == "never" or (axis.scaled_by and not getattr(config, axis.scaled_by)):
                 maps[name] = _unscaled(maps[name])
     return maps
@@ -267,10 +270,11 @@ def _entries(
         row, stack, layer = family.template(target.base(name))
         if family.ties.get(row) in target.aliases:
             row = family.ties[row]  # a tied head that stands before its embedding grows as the embedding does
-        layout, constant, origin = family.tensors[row], None, row
+        layout, constant, origin, more = family.tensors[row], None, row, {}
         if stack:
             origin = row.replace("*", str(layers[stack.layers].source[layer]), 1)
             constant = _identity_constant(stack, row, layer, layers[stack.layers])
+            more = _other_layers(row, layer, layers[stack.layers], layout, maps, source)
         names = [origin, *(n for pair in family.ties.items() if origin in pair for n in pair)]
         found = next((full for base in names if (full := source.find(base))), None)
         if found is None and not row.endswith(".bias"):
@@ -281,7 +285,22 @@ def _entries(
             (axis,) = layout[0].parts[0]
             factor = head * (maps[axis].tied_gain / embedding if axis in tied and maps else 1.0)
         old_shape = source.shapes[found] if found else _shape(layout, old, new_shape)
-        yield Entry(name, found, layout, old_shape, new_shape, constant, factor)
+        yield Entry(name, found, layout, old_shape, new_shape, constant, factor, **more)
+
+
+def _other_layers(
+    row: str, layer: int, layers: LayerMap, layout: Layout, maps: Mapping[str, AxisMap], source: Skeleton
+) -> dict[str, Any]:
+    """What a layer's tensor takes beside its source: the twin in the next layer, and noise on a repeated layer."""
+    origin, again = layers.source[layer], layers.source[layer] in layers.source[:layer]
+    share = layers.share[layer] if layers.share else 0.0
+    writes = [axis for dim in layout if dim.side == "write" for part in dim.parts for axis in part]
+    this, following = (source.find(row.replace("*", str(place), 1)) for place in (origin, origin + 1))
+    wanted = share or any(axis in maps and maps[axis].from_next for axis in writes)
+    if not (wanted and this and following and source.shapes[this] == source.shapes[following]):
+        following, share = None, 0.0
+    noise = layers.noise if again and not layers.identity[layer] else 0.0
+    return {"following": following, "share": share, "noise": noise}
 
 
 def _head_reads(family: Family, rows: tuple[str, str]) -> str | None:

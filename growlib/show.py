@@ -5,20 +5,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from growlib.axes import AxisMap, LayerMap
+from growlib.axes import AxisMap, LayerMap, copy_numbers, own_blocks
 from growlib.families.schema import Side
 
 if TYPE_CHECKING:
     from growlib.plan import Entry, GrowthPlan
 
 # Kinds of entries, each outranked by those before it: a zero row stays zero whatever its columns are.
-KINDS = {"zero": "·", "new": "░", "mean": "▒", "shared": "▓", "copied": "█"}
-LEGEND = "█ copied   ▓ shared among copies   ▒ mean   ░ new   · zero"
+KINDS = {"zero": "·", "new": "░", "mean": "▒", "next": "▚", "shared": "▓", "copied": "█"}
+LEGEND = "█ copied   ▓ shared among copies   ▚ of the next layer   ▒ mean   ░ new   · zero"
 BAR = 24
 
 
-def axis_kinds(axis_map: AxisMap, side: Side) -> np.ndarray:
-    """The share of an axis at each rank of KINDS: float [5]."""
+def axis_kinds(axis_map: AxisMap, side: Side, following: bool = False, own: bool = False) -> np.ndarray:
+    """The share of an axis at each rank of KINDS: float [6]. `following`: the tensor has a twin in the next layer;
+    `own`: each copy is read by one of its own."""
     names = list(KINDS)
     new = {
         "read": {"free": "new", "zero": "zero"}[axis_map.new_reads],
@@ -27,24 +28,30 @@ def axis_kinds(axis_map: AxisMap, side: Side) -> np.ndarray:
         "shift": axis_map.new_shift,
     }[side]
     several = axis_map.copies()[axis_map.source.clip(0)] > 1
-    kind = np.where(several & (side == "read"), names.index("shared"), names.index("copied"))
+    kind = np.where(several & (side == "read") & (not own), names.index("shared"), names.index("copied"))
     kind = np.where(axis_map.source < 0, names.index(new), kind)
+    if side == "write" and axis_map.from_next and following:
+        kind = np.where(copy_numbers(axis_map.source) > 0, names.index("next"), kind)
     return np.bincount(kind, minlength=len(names)) / len(kind)
 
 
 def entry_kinds(plan: "GrowthPlan", entry: "Entry") -> np.ndarray:
-    """The share of a tensor at each rank of KINDS: float [5]."""
+    """The share of a tensor at each rank of KINDS: float [6]."""
     shares = np.zeros(len(KINDS))
     lengths = [[np.prod([plan.new_sizes.get(a, 1) for a in part]) for part in dim.parts] for dim in entry.layout]
     for part in range(max(len(dim.parts) for dim in entry.layout)):
         # Axes are independent, so the share of entries at least at a rank is a product over the axes.
         at_least, weight = np.ones(len(KINDS)), 1.0
+        axes = [(axis, dim.side) for dim in entry.layout for axis in dim.parts[part if len(dim.parts) > 1 else 0]]
+        blocks = [copies for _, _, copies in own_blocks(axes, plan.maps)]
         for dim, length in zip(entry.layout, lengths, strict=True):
             chosen = part if len(dim.parts) > 1 else 0
             weight *= length[chosen] / sum(length)
             for axis in dim.parts[chosen]:
                 if axis in plan.maps:
-                    at_least *= np.cumsum(axis_kinds(plan.maps[axis], dim.side)[::-1])[::-1]
+                    kinds = axis_kinds(plan.maps[axis], dim.side, bool(entry.following), bool(blocks))
+                    at_least *= np.cumsum(kinds[::-1])[::-1]
+        at_least[1:] /= np.prod(blocks)  # off the diagonal of blocks there is nothing
         shares += weight * (at_least - np.append(at_least[1:], 0.0))
     return shares
 
@@ -83,7 +90,8 @@ def plan_table(plan: "GrowthPlan") -> str:
 
 
 def _layer_names(stack: LayerMap) -> list[str]:
-    return [f"{s}{'*' if i else ''}" for s, i in zip(stack.source, stack.identity, strict=True)]
+    share = stack.share or (0.0,) * len(stack.source)
+    return [f"{s + p:.3g}{'*' if i else ''}" for s, p, i in zip(stack.source, share, stack.identity, strict=True)]
 
 
 def _split_layer(name: str) -> tuple[str, str]:

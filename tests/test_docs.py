@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import growlib
+from growlib.cards import figure, sources
 
 ROOT = Path(__file__).parent.parent
 HEADINGS = [
@@ -17,9 +18,34 @@ HEADINGS = [
 
 def test_each_method_has_its_card():
     cards = {path.stem: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
+    index, llama = cards.pop("index"), sources()["llama"][1]
     assert set(cards) == {row.name for row in growlib.methods()}
-    for text in cards.values():
+    for row in growlib.methods():
+        text = cards[row.name]
         assert re.findall(r"^## (.+)$", text, re.MULTILINE) == HEADINGS
+        assert all(body.strip() for body in re.split(r"^## .+$", text, flags=re.MULTILINE)[1:])
+        assert f"[{row.name}]({row.name}.md)" in index
+        assert f"methods/{row.name}.md" in (ROOT / "mkdocs.yml").read_text()
+        if not row.resets:  # what makes experts draws no other plan than lossless
+            assert f"```text\n{figure(row, llama)}\n```" in text, "python -m growlib.cards docs/methods"
+            assert re.search(r"BERT, trained encoder \| \d", text)
+
+
+def test_each_method_has_its_file():
+    folder = ROOT / "growlib" / "methods"
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert files == {row.name.replace("-", "_") for row in growlib.methods()}
+    for path in folder.glob("*.py"):
+        lines = path.read_text().splitlines()
+        assert path.stem == "lossless" or len(lines) < 150
+        assert path.stem in ("__init__", "random") or any(line.startswith("Source: ") for line in lines)
+
+
+def test_each_row_says_when_it_is_exact():
+    for row in growlib.methods():
+        assert row.exact.startswith(("always", "under a condition", "never"))
+        assert row.source
+        assert row.width or row.depth
 
 
 def test_the_reference_has_every_public_name():

@@ -9,7 +9,7 @@ from tiny import tiny
 
 import growlib
 from growlib.families.schema import Axis
-from growlib.methods import lossless, method, stack
+from growlib.methods import Method, lemon, lossless, method, stack
 
 sizes = st.integers(2, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(n, 4 * n)))
 
@@ -28,7 +28,7 @@ def matrices(axis_map):
 
 
 def grow(meets, old, new, **axis):
-    return lossless.width("axis", Axis("size", meets, **axis), {"axis": old}, {"axis": new})
+    return lossless.width("axis", Axis("size", meets, **axis), {"axis": old}, {"axis": new}, 0)
 
 
 @pytest.mark.parametrize("meets", ["lookup", "linear", "elementwise", "key", "key_heads"])
@@ -105,8 +105,8 @@ def test_query_heads_stay_with_their_kv_head(k, group, new_k, new_group):
     old, new = {"heads": k * group, "kv": k}, {"heads": new_k * new_group, "kv": new_k}
     if new_k < k or new["heads"] < old["heads"]:
         return
-    heads = lossless.width("heads", Axis("h", "query_heads", groups="kv"), old, new)
-    kv_heads = lossless.width("kv", Axis("k", "key_heads"), old, new)
+    heads = lossless.width("heads", Axis("h", "query_heads", groups="kv"), old, new, 0)
+    kv_heads = lossless.width("kv", Axis("k", "key_heads"), old, new, 0)
     kv_of_new_head = kv_heads.source[np.arange(new["heads"]) // new_group]
     np.testing.assert_array_equal(kv_of_new_head, heads.source // group)
     every_head_survives = set(heads.source) == set(range(old["heads"]))
@@ -125,12 +125,16 @@ def test_depth_maps(old, more):
     assert bool(stacked.inexact) == (more > 0)
 
 
-def test_the_method_table():
-    rows = growlib.methods()
-    assert [row.name for row in rows] == ["lossless", "stack"]
-    assert all(row.exact and row.source and (row.width or row.depth) for row in rows)
-    both = method("lossless+stack")
-    assert (both.width, both.depth) == (lossless.width, stack.depth)
+def test_methods_compose_by_name_and_by_hand():
+    both = method("lemon+stack")
+    assert (both.width, both.depth) == (lemon.width, stack.depth)
+    small, growth = tiny("llama"), {"hidden_size": 84, "num_attention_heads": 6, "num_key_value_heads": 3}
+    by_hand = Method(width=lemon.width, depth=stack.depth)
+    assert growlib.plan(small, growth, by_hand).maps == growlib.plan(small, growth, "lemon+stack").maps
+    assert growlib.plan(small, growth, Method(width=lemon.width)).exact
+    for wrong, lacking in (("stack+lemon", "stack has no width"), ("lemon+hypercloning", "hypercloning has no depth")):
+        with pytest.raises(growlib.GrowError, match=lacking):
+            method(wrong)
 
 
 def test_a_stacked_model_repeats_its_layers():

@@ -78,7 +78,7 @@ def test_report_and_curves(finished):
     report = (finished / "report.md").read_text()
     assert all(f"| {arm} |" in report for arm in ARMS)
     assert "FLOPs saved" in report
-    assert "stacking" in report
+    assert "a copied layer acts again" in report
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -210,7 +210,7 @@ def test_there_are_presets():
         (["--text", "no/such/folder"], "no such file or folder"),
         (["--arms", "scratch,wieghts"], "no arm 'wieghts'"),
         (["--preset", "nano"], "no such preset"),
-        (["--method", "bert2bert"], "no method"),
+        (["--method", "bert3bert"], "no method"),
         (["--model", "rwkv"], "no such architecture"),
         (["--target", "hidden_size=8"], "shrink"),
         (["--target", "hidden_sise=64"], "hidden_sise"),

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from growlib.axes import AxisMap, LayerMap, split_evenly, tile
+from growlib.axes import AxisMap, LayerMap, after_each, copy_numbers, split_evenly, tile
 from growlib.families.schema import Axis, Sizes
 
 
@@ -33,10 +33,11 @@ def lookup(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
     return AxisMap(old[name], source, read, new_reads="free", spread=0.1)
 
 
-def residual(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
-    """q whole copies; the rest is zero under RMSNorm and the mean under LayerNorm."""
+def residual(name: str, axis: Axis, old: Sizes, new: Sizes, copies: int = 0) -> AxisMap:
+    """q whole copies, or fewer; the rest is zero under RMSNorm and the mean under LayerNorm."""
     n, N = old[name], new[name]
-    q, s = N // n, (N // n) * n / N
+    q = copies or N // n
+    s = q * n / N
     source = tile(n, N)
     source[q * n :] = -1
     return AxisMap(
@@ -51,17 +52,18 @@ def residual(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
     )
 
 
-def unscaled(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+def unscaled(name: str, axis: Axis, old: Sizes, new: Sizes, copies: int = 0) -> AxisMap:
     """The residual stream where no norm weight stands before the readers: they take the scale back themselves."""
-    axis_map = residual(name, axis, old, new)
+    axis_map = residual(name, axis, old, new, copies)
     read = axis_map.read / axis_map.write
     return replace(axis_map, read=read, gain=1.0, tied_gain=1.0)
 
 
-def post_norm_residual(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+def post_norm_residual(name: str, axis: Axis, old: Sizes, new: Sizes, copies: int = 0) -> AxisMap:
     """q whole copies; a rest that is not empty can only come close (it holds the mean of the norm's bias)."""
     n, N = old[name], new[name]
-    q, s = N // n, (N // n) * n / N
+    q = copies or N // n
+    s = q * n / N
     source = tile(n, N)
     source[q * n :] = -1
     inexact = (
@@ -106,14 +108,15 @@ def append(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
     return AxisMap(old[name], source, (source >= 0).astype(float))
 
 
-def query_heads(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
-    """Copies of whole heads, each in a group whose KV head is a copy of its own."""
+def query_heads(name: str, axis: Axis, old: Sizes, new: Sizes, groups: np.ndarray | None = None) -> AxisMap:
+    """Copies of whole heads, each in a group whose KV head is a copy of its own; `groups`: the source of KV heads."""
     n, N = old[name], new[name]
     k, K = (old[axis.groups], new[axis.groups]) if axis.groups else (n, N)
     per_group, new_per_group = n // k, N // K
-    # New group g serves old KV head g % k; the groups of one KV head deal out its query heads in turn.
+    groups = tile(k, K) if groups is None else groups
+    # The groups of one KV head deal out its query heads in turn.
     group, slot = np.divmod(np.arange(N), new_per_group)
-    source = (group % k) * per_group + ((group // k) * new_per_group + slot) % per_group
+    source = groups[group] * per_group + (copy_numbers(groups)[group] * new_per_group + slot) % per_group
     lost = sorted(set(range(n)) - set(source.tolist()))
     needed = k * -(-per_group // new_per_group)
     inexact = (
@@ -179,6 +182,7 @@ def normed_dot_product(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap
     return replace(axis_map, write=wider, gain=gain, new_writes="zero" if is_query else "faint", spread=1e-3)
 
 
+RESIDUAL = {"rms_norm", "layer_norm", "unscaled", "post_layer_norm"}  # the axes under a norm of the residual stream
 RULES = {
     "lookup": lookup,
     "linear": append,
@@ -202,13 +206,12 @@ RULES = {
 }
 
 
-def width(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:
+def width(name: str, axis: Axis, old: Sizes, new: Sizes, seed: int) -> AxisMap:
     """The map of one axis, by what the axis meets."""
     return RULES[axis.meets](name, axis, old, new)
 
 
 def depth(old: int, new: int) -> LayerMap:
     """Each layer is followed by its share of the new ones, which start as the identity."""
-    source = tuple(layer * old // new for layer in range(new))
-    identity = tuple(t > 0 and source[t] == source[t - 1] for t in range(new))
-    return LayerMap(old, source, identity)
+    source = [layer * old // new for layer in range(new)]
+    return after_each(old, [source.count(layer) - 1 for layer in range(old)])
