@@ -5,7 +5,7 @@ that read zeros, and noise that cancels over the copies of an entry (F E = 0), s
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,12 +39,23 @@ def grow_tensor(entry: "Entry", source: Tensor, plan: "GrowthPlan") -> Tensor:
         return source.detach().clone()
     offset = entry.layout[0].offset
     work = torch.full_like(work, entry.constant) if entry.constant is not None else work + offset
-    grown = _grow(work, entry.layout, plan, _Draw(plan.seed, entry.name, deviation))
-    return (grown * entry.factor - offset).to(source.dtype)
+    draw = _Draw(plan.seed, entry.name, deviation)
+
+    def grow_axis(part: Tensor, dim: int, axis: str, side: Side) -> Tensor:
+        return _GROW[side](part, dim, plan.maps[axis], draw)
+
+    return (grow_layout(work, entry.layout, plan, grow_axis) * entry.factor - offset).to(source.dtype)
 
 
-def _grow(work: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: "_Draw") -> Tensor:
-    """Grow the parts of concatenated dimensions one by one."""
+# (a part of a tensor with a dimension per axis, the dimension that grows, its axis, its side) -> the part, grown
+GrowAxis = Callable[[Tensor, int, str, Side], Tensor]
+
+
+def grow_layout(work: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", grow_axis: GrowAxis) -> Tensor:
+    """Take a tensor apart into its axes, grow each, and put it together; concatenated dimensions part by part.
+
+    What stands in the tensor is up to `grow_axis`: values, or what becomes of them.
+    """
     for index, dim in enumerate(layout):
         if len(dim.parts) > 1:
             old_groups, new_groups = (sizes[dim.by] if dim.by else 1 for sizes in (plan.old_sizes, plan.new_sizes))
@@ -53,11 +64,13 @@ def _grow(work: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: "_Dra
             parts = split.split([size // old_groups for size in plan.part_sizes(dim)], dim=index + 1)
             layouts = [(*layout[:index], Dim((part,), dim.side), *layout[index + 1 :]) for part in dim.parts]
             grown = [
-                _grow(part.flatten(index, index + 1), part_layout, plan, draw).unflatten(index, (new_groups, -1))
+                grow_layout(part.flatten(index, index + 1), part_layout, plan, grow_axis).unflatten(
+                    index, (new_groups, -1)
+                )
                 for part, part_layout in zip(parts, layouts, strict=True)
             ]
             return torch.cat(grown, dim=index + 1).flatten(index, index + 1)
-    return _grow_part(work, layout, plan, draw)
+    return _grow_part(work, layout, plan, grow_axis)
 
 
 class _Draw:
@@ -73,7 +86,7 @@ class _Draw:
         return noise.to(like) * self.deviation
 
 
-def _grow_part(part: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: _Draw) -> Tensor:
+def _grow_part(part: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", grow_axis: GrowAxis) -> Tensor:
     names = [f"{axis}_{d}" for d, dim in enumerate(layout) for axis in dim.parts[0]]
     flat = " ".join(names)
     folded = " ".join("(" + " ".join(f"{axis}_{d}" for axis in dim.parts[0]) + ")" for d, dim in enumerate(layout))
@@ -83,7 +96,7 @@ def _grow_part(part: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: 
     # Readers last: F cancels within each row, so rows that are copies get noise of their own.
     for position, (axis, side) in sorted(enumerate(axes), key=lambda item: item[1][1] == "read"):
         if axis in plan.maps and not plan.maps[axis].is_identity:
-            part = _GROW[side](part, position, plan.maps[axis], draw)
+            part = grow_axis(part, position, axis, side)
     return rearrange(part, f"{flat} -> {folded}")
 
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
@@ -13,6 +13,9 @@ from growlib.axes import AxisMap, LayerMap
 from growlib.errors import GrowError
 from growlib.families.schema import Dim, Family, Layout, Stack, growth_name
 from growlib.methods import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
@@ -36,6 +39,7 @@ class Entry:
     new_shape: Shape
     constant: float | None = None  # replaces the source's values
     factor: float = 1.0
+    added: bool = False  # it belongs to a block that starts as the identity
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,17 @@ class GrowthPlan:
     def part_sizes(self, dim: Dim) -> list[int]:
         """The old sizes of a dimension's concatenated parts."""
         return [prod(self.old_sizes[axis] for axis in part) for part in dim.parts]
+
+    def new_parameters(self) -> "dict[str, Tensor]":
+        """Where each entry of each grown tensor comes from: by the tensor's name a uint8 tensor of its new shape.
+
+        Its values are those of `growlib.Origin`: OLD (a value of the source goes on here), COPIED (a further copy of
+        such a value), NEW (zero, mean or constant by rule), FREE (drawn from the seed). `> Origin.OLD` is what a
+        training calls the new parameters. Old and copied entries may be scaled, and share noise that cancels.
+        """
+        from growlib.origin import origins
+
+        return origins(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, ready for JSON."""
@@ -256,8 +271,9 @@ def _entries(
         row, stack, layer = family.template(target.base(name))
         if family.ties.get(row) in target.aliases:
             row = family.ties[row]  # a tied head that stands before its embedding grows as the embedding does
-        layout, constant, origin = family.tensors[row], None, row
+        layout, constant, origin, added = family.tensors[row], None, row, False
         if stack:
+            added = layers[stack.layers].identity[layer]
             origin = row.replace("*", str(layers[stack.layers].source[layer]), 1)
             constant = _identity_constant(stack, row, layer, layers[stack.layers])
         names = [origin, *(n for pair in family.ties.items() if origin in pair for n in pair)]
@@ -269,7 +285,7 @@ def _entries(
         if row.startswith(family.head_norm + ".") and (not stack or layer == len(layers[stack.layers].source) - 1):
             factor = head * (maps[layout[0].parts[0][0]].tied_gain / embedding if tied and maps else 1.0)
         old_shape = source.shapes[found] if found else _shape(layout, old, new_shape)
-        yield Entry(name, found, layout, old_shape, new_shape, constant, factor)
+        yield Entry(name, found, layout, old_shape, new_shape, constant, factor, added)
 
 
 def _is_head(family: Family, rows: set[str]) -> bool:
