@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from growlib.errors import GrowError
 from growlib.expand import expand, plan
 from growlib.families import families
+from growlib.learn import learn
 from growlib.methods import Method, methods
 from growlib.origin import Origin
 from growlib.plan import GrowthPlan
@@ -31,6 +32,7 @@ __all__ = [
     "families",
     "freeze_old",
     "ki",
+    "learn",
     "methods",
     "mup_groups",
     "plan",

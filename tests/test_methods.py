@@ -127,7 +127,7 @@ def test_depth_maps(old, more):
 
 def test_the_method_table():
     rows = growlib.methods()
-    assert [row.name for row in rows] == ["lossless", "stack"]
+    assert [row.name for row in rows] == ["lossless", "ligo", "stack"]
     assert all(row.exact and row.source and (row.width or row.depth) for row in rows)
     both = method("lossless+stack")
     assert (both.width, both.depth) == (lossless.width, stack.depth)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from growlib.axes import AxisMap, LayerMap
 from growlib.errors import GrowError
 from growlib.families.schema import Axis, Sizes
-from growlib.methods import lossless, stack
+from growlib.methods import ligo, lossless, stack
 
 Width = Callable[[str, Axis, Sizes, Sizes], AxisMap]
 Depth = Callable[[int, int], LayerMap]
@@ -21,6 +21,7 @@ class Method:
     depth: Depth | None
     exact: str
     source: str
+    learned: bool = False  # on text, by `growlib.learn`; width and depth are where its map starts
 
 
 _ROWS = (
@@ -31,6 +32,7 @@ _ROWS = (
         "wherever the architecture allows it",
         "growlib; LEMON (arXiv 2310.07999); LLaMA-Pro (arXiv 2401.02415)",
     ),
+    Method("ligo", ligo.width, ligo.depth, "never", "LiGO (ICLR 2023, arXiv 2303.00980)", learned=True),
     Method("stack", None, stack.depth, "never", "StackBERT (ICML 2019); G_stack (arXiv 2405.15319)"),
 )
 
@@ -59,4 +61,4 @@ def method(name: str | Method) -> Method:
         lacking = f"{first.name} has no width" if first.width is None else f"{second.name} has no depth"
         raise GrowError(f"method {name!r}", lacking, valid)
     exact = " and ".join(dict.fromkeys(f"{row.name}: {row.exact}" for row in (first, second)))
-    return Method(name, first.width, second.depth, exact, f"{first.source}; {second.source}")
+    return Method(name, first.width, second.depth, exact, f"{first.source}; {second.source}", first.learned)

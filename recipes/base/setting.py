@@ -84,6 +84,14 @@ class Knowledge:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """How a method that learns its map does so: the arguments of `growlib.learn`, batches of `device_batch_size`."""
+
+    steps: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
 class Compare:
     """What compare_methods.py runs: each method with each seed."""
 
@@ -106,6 +114,7 @@ class Setting:
     small: Small
     training: Training
     knowledge: Knowledge
+    learned: Learned
     compare: Compare
     learning_rate: Mapping[str, float]  # per arm, each the winner of a sweep of its own
 
