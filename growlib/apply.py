@@ -5,7 +5,7 @@ that read zeros, and noise that cancels over the copies of an entry (F E = 0), s
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,18 +45,38 @@ def grow_tensor(entry: "Entry", source: Tensor, plan: "GrowthPlan", following: T
     offset = entry.layout[0].offset
     work = torch.full_like(work, entry.constant) if entry.constant is not None else work + offset
     draw, layout = Draw(plan.seed, entry.name, deviation), entry.layout
-    if following is None or entry.constant is not None:
-        grown = _grow(work, layout, plan, draw)
-    else:
-        pair = torch.stack([work, following.detach().to(work) + offset], dim=-1)
-        grown = _grow(pair, (*layout, Dim(((SOURCES,),), "write")), plan, draw)[..., 0]
+    paired = following if entry.constant is None else None
+    if paired is not None:
+        work = torch.stack([work, paired.detach().to(work) + offset], dim=-1)
+        layout = (*layout, Dim(((SOURCES,),), "write"))
+
+    def grow_axis(part: Tensor, dim: int, axis: str, side: Side) -> Tensor:
+        axis_map = plan.maps[axis]
+        grown = _GROW[side](part, dim, axis_map, draw)
+        if paired is not None and side == "write" and axis_map.from_next:
+            later = _along(torch.from_numpy(copy_numbers(axis_map.source) > 0), dim, part)
+            grown = torch.where(later, grown[..., 1:], grown)
+        return grown
+
+    grown = grow_layout(work, layout, plan, grow_axis)
+    grown = grown if paired is None else grown[..., 0]
     if entry.noise and entry.constant is None:
         grown = grown + entry.noise * draw.normal(grown)
     return (grown * entry.factor - offset).to(source.dtype)
 
 
-def _grow(work: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: "Draw") -> Tensor:
-    """Grow the parts of concatenated dimensions one by one."""
+# (a part of a tensor with a dimension per axis, the dimension that grows, its axis, its side) -> the part, grown
+GrowAxis = Callable[[Tensor, int, str, Side], Tensor]
+
+
+def grow_layout(
+    work: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", grow_axis: GrowAxis, unread: float = 0.0
+) -> Tensor:
+    """Take a tensor apart into its axes, grow each, and put it together; concatenated dimensions part by part.
+
+    What stands in the tensor is up to `grow_axis`: values, or what becomes of them. `unread` stands where a copy does
+    not read another.
+    """
     for index, dim in enumerate(layout):
         if len(dim.parts) > 1:
             old_groups, new_groups = (sizes[dim.by] if dim.by else 1 for sizes in (plan.old_sizes, plan.new_sizes))
@@ -65,11 +85,13 @@ def _grow(work: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: "Draw
             parts = split.split([size // old_groups for size in plan.part_sizes(dim)], dim=index + 1)
             layouts = [(*layout[:index], Dim((part,), dim.side), *layout[index + 1 :]) for part in dim.parts]
             grown = [
-                _grow(part.flatten(index, index + 1), part_layout, plan, draw).unflatten(index, (new_groups, -1))
+                grow_layout(part.flatten(index, index + 1), part_layout, plan, grow_axis, unread).unflatten(
+                    index, (new_groups, -1)
+                )
                 for part, part_layout in zip(parts, layouts, strict=True)
             ]
             return torch.cat(grown, dim=index + 1).flatten(index, index + 1)
-    return _grow_part(work, layout, plan, draw)
+    return _grow_part(work, layout, plan, grow_axis, unread)
 
 
 class Draw:
@@ -85,7 +107,7 @@ class Draw:
         return noise.to(like) * self.deviation
 
 
-def _grow_part(part: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: Draw) -> Tensor:
+def _grow_part(part: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", grow_axis: GrowAxis, unread: float) -> Tensor:
     names = [f"{axis}_{d}" for d, dim in enumerate(layout) for axis in dim.parts[0]]
     flat = " ".join(names)
     folded = " ".join("(" + " ".join(f"{axis}_{d}" for axis in dim.parts[0]) + ")" for d, dim in enumerate(layout))
@@ -95,13 +117,11 @@ def _grow_part(part: Tensor, layout: tuple[Dim, ...], plan: "GrowthPlan", draw: 
     # Readers last: F cancels within each row, so rows that are copies get noise of their own.
     for position, (axis, side) in sorted(enumerate(axes), key=lambda item: item[1][1] == "read"):
         if axis in plan.maps and not plan.maps[axis].is_identity:
-            part = _GROW[side](part, position, plan.maps[axis], draw)
-            if side == "write" and plan.maps[axis].from_next and axes[-1][0] == SOURCES:
-                later = _along(torch.from_numpy(copy_numbers(plan.maps[axis].source) > 0), position, part)
-                part = torch.where(later, part[..., 1:], part)
+            part = grow_axis(part, position, axis, side)
     for d, e, copies in own_blocks(axes, plan.maps):  # copy k reads copy k alone, at full weight
         numbers = [torch.from_numpy(copy_numbers(plan.maps[axes[dim][0]].source)) for dim in (d, e)]
-        part = part * (_along(numbers[0], d, part) == _along(numbers[1], e, part)) * copies
+        own = _along(numbers[0], d, part) == _along(numbers[1], e, part)
+        part = torch.where(own, part * copies if part.is_floating_point() else part, unread)
     return rearrange(part, f"{flat} -> {folded}")
 
 

@@ -18,10 +18,11 @@ def plan(small_ckpt: Source, target_config: Target, method: str | Method = "loss
     The plan says whether the growth is exact (`.exact`), why not (`.reasons`), and where each tensor comes from
     (`str(plan)`, `.to_dict()`).
     """
-    return _plan(checkpoint.load(small_ckpt), target_config, method, seed)
+    return plan_of(checkpoint.load(small_ckpt), target_config, method, seed)
 
 
-def _plan(model: PreTrainedModel, target_config: Target, method: str | Method, seed: int) -> GrowthPlan:
+def plan_of(model: PreTrainedModel, target_config: Target, method: str | Method, seed: int) -> GrowthPlan:
+    """The same for a model in memory."""
     family = families.family_of(model.config, type(model))
     chosen = methods.method(method)
     layers = chosen if chosen.depth else methods.method("lossless")  # so that make_plan can say that depth is missing
@@ -67,11 +68,14 @@ def expand(
     Raises:
         GrowError: what was asked, what is wrong, and what would be valid.
     """
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
-        raise GrowError(f"a result of dtype {dtype!r}", "it is no floating-point dtype", "such as torch.bfloat16")
+    wanted = dtype_of(dtype)
+    if methods.method(method).learned:
+        wrong = "its map is learned on text"
+        raise GrowError(
+            f"expanding with method {methods.method(method).name!r}", wrong, "growlib.learn(small, target, batches)"
+        )
     model = checkpoint.load(small_ckpt)
-    growth = _plan(model, target_config, method, seed)
+    growth = plan_of(model, target_config, method, seed)
     if growth.reasons and exact:
         asked = f"growing {model.config.model_type} with method {growth.method!r} and exact=True"
         raise GrowError(asked, "; ".join(growth.reasons), "another target, or exact=None for the closest growth")
@@ -82,3 +86,11 @@ def expand(
     tensors = apply(growth, model.state_dict())
     checkpoint.fill(grown, upcycle.mix(growth.mixture, dict(tensors)) if growth.mixture else tensors)
     return grown
+
+
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype by its name or as it is. Raises GrowError for anything else."""
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise GrowError(f"a result of dtype {dtype!r}", "it is no floating-point dtype", "such as torch.bfloat16")
+    return wanted

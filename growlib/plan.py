@@ -16,6 +16,8 @@ from growlib.families.schema import Dim, Family, Layout, Stack, growth_name
 from growlib.methods import Method
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from growlib.upcycle import Mixture
 
 Shape = tuple[int, ...]
@@ -43,6 +45,7 @@ class Entry:
     following: str | None = None  # the same tensor of the next layer, where entries come from it
     share: float = 0.0  # of `following` in every entry
     noise: float = 0.0  # in standard deviations of the source
+    added: bool = False  # it belongs to a block that starts as the identity
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,17 @@ class GrowthPlan:
     def part_sizes(self, dim: Dim) -> list[int]:
         """The old sizes of a dimension's concatenated parts."""
         return [prod(self.old_sizes[axis] for axis in part) for part in dim.parts]
+
+    def new_parameters(self) -> "dict[str, Tensor]":
+        """Where each entry of each grown tensor comes from: by the tensor's name a uint8 tensor of its new shape.
+
+        Its values are those of `growlib.Origin`: OLD (a value of the source goes on here), COPIED (a further copy of
+        such a value), NEW (zero, mean or constant by rule), FREE (drawn from the seed). `> Origin.OLD` is what a
+        training calls the new parameters. Old and copied entries may be scaled, and share noise that cancels.
+        """
+        from growlib.origin import origins
+
+        return origins(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, ready for JSON."""
@@ -300,7 +314,7 @@ def _other_layers(
     if not (wanted and this and following and source.shapes[this] == source.shapes[following]):
         following, share = None, 0.0
     noise = layers.noise if again and not layers.identity[layer] else 0.0
-    return {"following": following, "share": share, "noise": noise}
+    return {"following": following, "share": share, "noise": noise, "added": layers.identity[layer]}
 
 
 def _head_reads(family: Family, rows: tuple[str, str]) -> str | None:

@@ -47,19 +47,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--arms", help=f"comma-separated: {', '.join(ARMS)} (default: all), or none: only the small model"
     )
+    parser.add_argument("--method", help=f"of growth: {', '.join(m.name for m in methods())}, or WIDTH+DEPTH")
+    parser.add_argument("--seed", type=int, help="of initial values, growth and order of the tokens")
+    add_setting_options(parser, preset="demo")
+    return parser.parse_args(arguments)
+
+
+def add_setting_options(parser: argparse.ArgumentParser, preset: str) -> None:
+    """The options of every recipe that compares trainings."""
     parser.add_argument("--text", help="a file or folder of text, stdlib, or environment (default: the preset's)")
     parser.add_argument(
         "--small", type=Path, help="the folder of a checkpoint with its tokenizer, instead of a new one"
     )
     parser.add_argument("--target", help="a folder or config.json, or KEY=VALUE,... over the small model's config")
     parser.add_argument("--model", help=f"the small model's architecture: {', '.join(MODELS)}")
-    parser.add_argument("--method", help=f"of growth: {', '.join(m.name for m in methods())}, or WIDTH+DEPTH")
-    parser.add_argument("--preset", default="demo", help=f"{', '.join(presets())}, or a .toml file (default: demo)")
+    parser.add_argument("--preset", default=preset, help=f"{', '.join(presets())}, or a .toml file (default: {preset})")
     parser.add_argument("--train-tokens", type=int, help="train on so many distinct tokens, repeated (0: all)")
     parser.add_argument("--learning-rate", type=float, help="one for all arms, instead of the preset's swept ones")
-    parser.add_argument("--seed", type=int, help="of initial values, growth and order of the tokens")
     parser.add_argument("--out", type=Path, help="folder of the results (default: runs/PRESET)")
-    return parser.parse_args(arguments)
 
 
 def setting_of(options: argparse.Namespace) -> Setting:

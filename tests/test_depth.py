@@ -14,7 +14,7 @@ import growlib
 from growlib.methods import Method, gopher, interleave, llama_pro, method, midas, solar
 
 RELATIVE = 1e-5
-DEPTHS = [row.name for row in growlib.methods() if row.depth and not row.resets]
+DEPTHS = [row.name for row in growlib.methods() if row.depth and not (row.resets or row.learned)]
 FIELD = {"llama": "num_hidden_layers", "gpt2": "n_layer", "bert": "num_hidden_layers"}
 LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer"}
 WRITERS = {

@@ -201,7 +201,7 @@ def test_every_preset_loads(name):
 
 
 def test_there_are_presets():
-    assert set(presets()) == {"demo", "demo-little-data", "gpu", "miniature"}
+    assert set(presets()) == {"demo", "demo-little-data", "gpu", "methods", "miniature"}
 
 
 @pytest.mark.parametrize(

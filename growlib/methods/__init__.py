@@ -25,6 +25,7 @@ from growlib.methods import (
     interleave,
     interpolate,
     lemon,
+    ligo,
     llama_pro,
     lossless,
     midas,
@@ -58,6 +59,7 @@ class Method:
     exact: str = "under a condition: see the plan"
     source: str = ""
     resets: Resets | None = None  # of a dense model that becomes a mixture of experts
+    learned: bool = False  # on text, by `growlib.learn`; width and depth are where its map starts
 
 
 WHEREVER = "under a condition: wherever the architecture allows it"
@@ -114,6 +116,7 @@ _ROWS = (
         "Drop-Upcycling (arXiv 2502.19261)",
         resets=drop_upcycling.resets,
     ),
+    Method("ligo", ligo.width, ligo.depth, "never", "LiGO (arXiv 2303.00980)", learned=True),
 )
 
 
@@ -141,4 +144,4 @@ def method(name: str | Method) -> Method:
         lacking = f"{first.name} has no width" if first.width is None else f"{second.name} has no depth"
         raise GrowError(f"method {name!r}", lacking, valid)
     exact = " and ".join(dict.fromkeys(f"{row.name}: {row.exact}" for row in (first, second)))
-    return Method(name, first.width, second.depth, exact, f"{first.source}; {second.source}")
+    return Method(name, first.width, second.depth, exact, f"{first.source}; {second.source}", learned=first.learned)

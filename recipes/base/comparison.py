@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, default_data_collator
 
 import growlib
 from base import flops, store, text
@@ -21,6 +21,7 @@ from base.models import MODELS, build_config, model_row, size_fields
 from base.setting import Setting
 from base.training import evaluate, train
 from growlib import GrowError, GrowthPlan, KIConfig, checkpoint
+from growlib.methods import method
 
 Target = str | Mapping[str, Any] | None
 
@@ -164,7 +165,8 @@ def _decided_by(prepared: Prepared, name: str) -> dict[str, Any]:
     """Everything that an arm's result depends on, and nothing that it does not."""
     setting, arm = prepared.setting, ARMS[name]
     uses_small = arm.weights or arm.knowledge
-    return {
+    learned = {"learned": dataclasses.asdict(setting.learned)} if _is_learned(prepared, arm) else {}
+    return learned | {
         "arm": name,
         "text": [
             prepared.corpus.key,
@@ -205,7 +207,7 @@ def run_arm(prepared: Prepared, name: str) -> dict[str, Any]:
     if kept:
         return kept
     setting, arm = prepared.setting, ARMS[name]
-    student = _student(prepared, arm)
+    student, growth_flops = _student(prepared, arm)
     ki = KIConfig(teacher=prepared.small, **dataclasses.asdict(setting.knowledge)) if arm.knowledge else None
     number = setting.training.steps * setting.training.batch_size
     run = train(
@@ -219,7 +221,7 @@ def run_arm(prepared: Prepared, name: str) -> dict[str, Any]:
         seed=setting.seed,
         ki=ki,
     )
-    cost = _Cost(prepared, student, ki)
+    cost = _Cost(prepared, student, ki, growth_flops)
     curve = [
         {
             "step": step,
@@ -242,20 +244,43 @@ def run_arm(prepared: Prepared, name: str) -> dict[str, Any]:
     return result
 
 
-def _student(prepared: Prepared, arm: Arm) -> PreTrainedModel:
+def _is_learned(prepared: Prepared, arm: Arm) -> bool:
+    return arm.weights and method(prepared.setting.method).learned
+
+
+def _student(prepared: Prepared, arm: Arm) -> tuple[PreTrainedModel, int]:
+    """The model that an arm trains, and the FLOPs that its growth took where it is learned."""
     config = copy.deepcopy(prepared.plan.config)  # the Trainer writes into its model's config
-    seed = prepared.setting.seed
-    if arm.weights:
-        grown = growlib.expand(prepared.small, config, prepared.setting.method, seed=seed, exact=False)
-        return grown.train()
-    set_seed(seed)
-    return prepared.model_class._from_config(config).train()
+    setting = prepared.setting
+    if not arm.weights:
+        set_seed(setting.seed)
+        return prepared.model_class._from_config(config).train(), 0
+    if not _is_learned(prepared, arm):
+        return growlib.expand(prepared.small, config, setting.method, seed=setting.seed, exact=False).train(), 0
+    small, learned = checkpoint.load(prepared.small).to(PartialState().device), setting.learned
+    size = setting.training.device_batch_size
+    # Another order than the training's.
+    ordered = text.Ordered(prepared.blocks, learned.steps * size, setting.seed + 2, prepared.mask_token)
+    batches = ([ordered[i] for i in range(at, at + size)] for at in range(0, len(ordered), size))
+    student = growlib.learn(
+        small,
+        config,
+        map(default_data_collator, batches),
+        setting.method,
+        steps=learned.steps,
+        learning_rate=learned.learning_rate,
+        seed=setting.seed,
+    )
+    forward = flops.forward_flops(student, setting.text.sequence_length)
+    spent = flops.learning_flops(small, config, setting.method, forward, learned.steps, size)
+    return student.train(), spent
 
 
 class _Cost:
     """FLOPs of an arm after so many steps: (student, teacher)."""
 
-    def __init__(self, prepared: Prepared, student: PreTrainedModel, ki: KIConfig | None) -> None:
+    def __init__(self, prepared: Prepared, student: PreTrainedModel, ki: KIConfig | None, growth_flops: int) -> None:
+        self.growth = growth_flops
         setting = prepared.setting
         length, self.batch, steps = (
             setting.text.sequence_length,
@@ -268,7 +293,8 @@ class _Cost:
 
     def at(self, step: int) -> tuple[int, int]:
         taught = sum(before < step for before in self.taught)
-        return flops.training_flops(self.student, step * self.batch), self.teacher * taught * self.batch
+        student = self.growth + flops.training_flops(self.student, step * self.batch)
+        return student, self.teacher * taught * self.batch
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:

@@ -6,7 +6,10 @@ One forward pass is measured; the rest is arithmetic:
                             + 1 x forward of the teacher  (only in steps with alpha > 0)
 
 The forward includes the head and all of attention's L x L products, masked or not. Evaluations, the optimizer
-and the growth itself are left out: the same for every arm, or less than one step.
+and the growth itself are left out: the same for every arm, or less than one step. A growth whose map is learned counts:
+
+    a learning step's FLOPs = 3 x forward of the student
+                            + 4 x its weights from the map  (once to read the batch; again, forward and backward)
 """
 
 from collections.abc import Mapping
@@ -14,8 +17,10 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+
+import growlib
 
 
 def forward_flops(model: PreTrainedModel, length: int) -> int:
@@ -35,6 +40,16 @@ def forward_flops(model: PreTrainedModel, length: int) -> int:
 def training_flops(forward: int, sequences: int) -> int:
     """The student's part: 3 forward passes per sequence."""
     return 3 * forward * sequences
+
+
+def learning_flops(
+    small: PreTrainedModel, config: PreTrainedConfig, method: str, forward: int, steps: int, sequences: int
+) -> int:
+    """FLOPs of `growlib.learn` with so many sequences per step; the map's are measured on a growth without a step."""
+    with FlopCounterMode(display=False) as counter:
+        growlib.learn(small, config, [], method, steps=0)
+    folding = counter.get_total_flops()
+    return steps * (training_flops(forward, sequences) + 4 * folding) + folding
 
 
 def flops_to_reach(curve: list[Mapping[str, Any]], loss: float) -> float | None:

@@ -95,7 +95,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
 def write_report(folder: Path, results: Mapping[str, Any]) -> None:
     """Write results.json, curves.png and report.md into a folder."""
     write_json(folder / "results.json", results)
-    _draw(folder / "curves.png", results)
+    draw_curves(folder / "curves.png", results)
     setting = results["setting"]
     said = "\n".join(f"- {remark}" for remark in remarks(results))
     text = f"""# Growing {setting["model"]}: {", ".join(results["arms"])}
@@ -115,7 +115,7 @@ All settings and all curves are in results.json.
     write_text(folder / "report.md", text)
 
 
-def _draw(path: Path, results: Mapping[str, Any]) -> None:
+def draw_curves(path: Path, results: Mapping[str, Any]) -> None:
     """Held-out loss against FLOPs, with the small model's loss and scratch's final loss as lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -84,6 +84,23 @@ class Knowledge:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """How a method that learns its map does so: the arguments of `growlib.learn`, batches of `device_batch_size`."""
+
+    steps: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Compare:
+    """What compare_methods.py runs: each method with each seed."""
+
+    methods: list[str]  # names of `growlib.methods()`; what lacks a width or a depth gets that of lossless
+    seeds: int  # how many: the setting's seed and the next ones
+    lag: int  # the step after which methods are ranked
+
+
+@dataclass(frozen=True)
 class Setting:
     """Everything that decides the result of a run."""
 
@@ -97,6 +114,8 @@ class Setting:
     small: Small
     training: Training
     knowledge: Knowledge
+    learned: Learned
+    compare: Compare
     learning_rate: Mapping[str, float]  # per arm, each the winner of a sweep of its own
 
     @property
