@@ -62,6 +62,11 @@ def learn(
     small = checkpoint.load(small_ckpt)
     wanted = dtype_of(dtype) or small.dtype
     growth, family = plan_of(small, target_config, chosen, seed), family_of(small.config, type(small))
+    if growth.mixture:
+        wrong = "a mixture of experts is not of the source's class"
+        raise GrowError(
+            f"learning the growth of a {family.model_type}", wrong, "learn the dense growth, then expand it"
+        )
     wide = torch.promote_types(small.dtype, torch.float32)
     tensors = {name: tensor.detach().to(wide) for name, tensor in small.state_dict().items()}
     parameters = {name for name, _ in small.named_parameters()}
@@ -70,16 +75,16 @@ def learn(
     with torch.random.fork_rng(devices=[small.device] if small.device.type == "cuda" else []):
         torch.manual_seed(seed)
         large = checkpoint.empty_model(small, growth.config, wide).train()
-        _fill(large, _fixed(growth, rows, tensors))
+        checkpoint.fill(large, _fixed(growth, rows, tensors))
         for entry in (entry for row in rows for entry in row.entries):
             large.get_parameter(entry.name).data = torch.empty(0, device=small.device)  # the map's output stands in
         _train(large, factors, rows, batches, steps, learning_rate)
         del large
     grown = checkpoint.empty_model(small, growth.config, wanted)
-    _fill(grown, _fixed(growth, rows, tensors))
+    checkpoint.fill(grown, _fixed(growth, rows, tensors))
     with torch.no_grad():
         for row in rows:
-            _fill(grown, factors.grow(row).items())
+            checkpoint.fill(grown, factors.grow(row).items())
     return grown
 
 
@@ -97,13 +102,6 @@ def _fixed(growth: GrowthPlan, rows: list[ligo.Row], tensors: Mapping[str, Tenso
     """What is not learned, by the rules of the plan: buffers, and biases that the source does not have."""
     learned = {entry.name for row in rows for entry in row.entries}
     return apply(replace(growth, entries=tuple(e for e in growth.entries if e.name not in learned)), tensors)
-
-
-def _fill(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    held = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, tensor in tensors:
-            held[name].data = tensor.to(held[name])
 
 
 def _train(

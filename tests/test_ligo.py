@@ -271,3 +271,8 @@ def test_inferred_families_learn(name):
     batches = [{"input_ids": ids, "labels": ids}]
     start, big = (growlib.learn(small, growth, batches, steps=steps) for steps in (0, 10))
     assert held_out_loss(big, batches) < held_out_loss(start, batches) - 0.05
+
+
+def test_a_mixture_is_not_learned():
+    with pytest.raises(GrowError, match=r"a mixture of experts.*then expand it"):
+        growlib.learn(tiny("llama"), {"model_type": "mixtral"}, [])
