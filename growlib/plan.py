@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig
 
 from growlib.axes import AxisMap, LayerMap, split_evenly
 from growlib.errors import GrowError
-from growlib.families.schema import Dim, Family, Layout, Stack, growth_name
+from growlib.families.schema import Dim, Family, Layout, Stack
 from growlib.methods import Method
+from growlib.reasons import of_config, of_family
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
     from growlib.upcycle import Mixture
 
 Shape = tuple[int, ...]
-
-# Config fields that do not change what a model computes in eval mode (dropout aside, see `_config_reasons`).
-_NEUTRAL_FIELDS = {
-    *("_name_or_path", "architectures", "dtype", "transformers_version", "problem_type", "id2label", "label2id"),
-    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
-    "stage_names",
-    *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "pretraining_tp", "tie_word_embeddings"),
-}
 
 
 @dataclass(frozen=True)
@@ -151,13 +144,8 @@ def make_plan(family: Family, method: Method, seed: int, source: Skeleton, targe
     _check_all_used(asked, family, layers, entries, source)
     reasons = [axis_map.inexact for axis_map in maps.values() if axis_map.inexact]
     reasons += [stack.inexact for stack in layers.values() if stack.inexact]
-    reasons += [
-        f"{c.field}={c.value(target.config)!r}: {c.why}"
-        for c in family.conditions
-        if c.grows in grows and not c.holds(target.config)
-    ]
-    reasons += _unproven(family, old, new, grows, source.config, target.config)
-    reasons += _config_reasons(family, layers, source.config, target.config)
+    reasons += of_family(family, old, new, grows, source.config, target.config)
+    reasons += of_config(family, layers, source.config, target.config)
     initializer_range = getattr(source.config, "initializer_range", 0.02)
     return GrowthPlan(
         method.name,
@@ -206,25 +194,6 @@ def _layer_kinds(stack: Stack, model: Skeleton) -> dict[int, set[str]]:
             for layer, entry in enumerate(value):
                 kinds[layer].add(f"{key}: {entry}")
     return dict(kinds)
-
-
-def _unproven(
-    family: Family,
-    old: Mapping[str, int],
-    new: Mapping[str, int],
-    grows: set[str],
-    source: PreTrainedConfig,
-    target: PreTrainedConfig,
-) -> list[str]:
-    """Why growths of an inferred table are not known to be exact."""
-    if not family.proven:  # a table that tests hold, or one that the judge is hearing
-        return []
-    names = {name: growth_name(name, old[name], new[name]) if name in family.axes else name for name in grows}
-    wrong = {name: family.proven.get(growth, "it was not tried") for name, growth in names.items()}
-    sizes = family.size_fields() - family.follows.keys()
-    if sum(getattr(source, field, None) != getattr(target, field, None) for field in sizes) > 1:
-        wrong["several sizes at once"] = family.proven.get("together", "")
-    return [f"growth of {name} is not proven for {family.model_type}: {why}" for name, why in wrong.items() if why]
 
 
 def layer_map(method: Method, old: int, new: int) -> LayerMap:
@@ -376,26 +345,3 @@ def _check_all_used(
             f"the target has no place for the source's {', '.join(lost)}",
             "a target with the source's tensors (compare tie_word_embeddings and the bias flags)",
         )
-
-
-def _follows_layers(old: Any, new: Any, stack: LayerMap) -> bool:
-    """A per-layer list that says for each layer that acts what it said for its source, or a name of the last layer."""
-    depths = stack.old, len(stack.source)
-    if (old, new) in (tuple([n] for n in depths), tuple([f"stage{n}"] for n in depths)):
-        return True
-    if not (isinstance(old, list) and isinstance(new, list) and (len(old), len(new)) == depths):
-        return False
-    return all(i or new[t] == old[s] for t, (s, i) in enumerate(zip(stack.source, stack.identity, strict=True)))
-
-
-def _config_reasons(
-    family: Family, layers: Mapping[str, LayerMap], source: PreTrainedConfig, target: PreTrainedConfig
-) -> list[str]:
-    before, after = source.to_dict(), target.to_dict()
-    known = _NEUTRAL_FIELDS | family.size_fields() | family.free_fields
-    known |= {key for key in before for stack in layers.values() if _follows_layers(before[key], after.get(key), stack)}
-    return [
-        f"{key} changes from {before.get(key)!r} to {after.get(key)!r}, which changes the function"
-        for key in sorted(before.keys() | after.keys())
-        if key not in known and "drop" not in key and before.get(key) != after.get(key)
-    ]

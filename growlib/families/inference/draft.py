@@ -12,9 +12,10 @@ from growlib.families.inference import probe
 from growlib.families.inference.probe import Norm, Trace
 from growlib.families.inference.rows import Unresolved
 from growlib.families.inference.sizes import Build
-from growlib.families.schema import Layout, Stack
+from growlib.families.schema import Dim, Layout, Stack
 from growlib.plan import Skeleton
 
+FIXED = Dim((("fixed",),), "write")  # a length that never grows
 HINTS = {"heads": "head", "kv_heads": "k", "query": "head_dim", "key": "head_dim", "value": "head_dim"}
 
 
