@@ -2,7 +2,20 @@
 
 from growlib.ki.config import KIConfig
 from growlib.ki.loss import KILoss, ki_loss
+from growlib.ki.projection import Projection
 from growlib.ki.schedules import SCHEDULES
+from growlib.ki.targets import TREATMENTS, Targets, mixture
 from growlib.ki.trainer import KIMixin, KITrainer
 
-__all__ = ["SCHEDULES", "KIConfig", "KILoss", "KIMixin", "KITrainer", "ki_loss"]
+__all__ = [
+    "SCHEDULES",
+    "TREATMENTS",
+    "KIConfig",
+    "KILoss",
+    "KIMixin",
+    "KITrainer",
+    "Projection",
+    "Targets",
+    "ki_loss",
+    "mixture",
+]

@@ -10,8 +10,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
 from growlib.ki.heads import IGNORE_INDEX, aligned_labels, head_of
-from growlib.ki.loss import kl_sum, mix
+from growlib.ki.loss import at_least_float32, kl_per_position, mix
 from growlib.ki.metrics import KIMetrics
+from growlib.ki.targets import Targets
 from growlib.ki.teacher import Teacher, resolve_teacher
 
 if TYPE_CHECKING:  # a mixin's super() calls are typed by the class that it is mixed into
@@ -82,7 +83,8 @@ class KIMixin(_Base):
         counted = labels != IGNORE_INDEX
         labels_N = labels[counted]
         student_NV, teacher_NV = (x.reshape(-1, x.shape[-1])[counted] for x in (logits, teacher_logits))
-        kd_sum = kl_sum(student_NV, teacher_NV, self.ki.temperature)
+        targets = Targets.dense(teacher_NV, temperature=self.ki.temperature).over(student_NV.shape[-1])
+        kd_sum = kl_per_position(at_least_float32(student_NV), targets).sum()
         denominator: Any = num_items_in_batch if divides else max(labels_N.numel(), 1)
         weight = self._ki_loss_scale(num_items_in_batch) / denominator  # of one position
         # The mean over no position is NaN; its gradient is 0, as the KL's.
