@@ -12,7 +12,7 @@ from growlib.verify import Verification, verify
 
 if TYPE_CHECKING:
     from growlib import ki
-    from growlib.ki import KIConfig, KIMixin, KITrainer
+    from growlib.ki import KIConfig, KIMixin, KITrainer, cache_teacher
 
 __all__ = [
     "GrowError",
@@ -22,6 +22,7 @@ __all__ = [
     "KITrainer",
     "Method",
     "Verification",
+    "cache_teacher",
     "expand",
     "families",
     "ki",
@@ -33,7 +34,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import `growlib.ki` on first use: it imports the Trainer, which the weights half does not need."""
-    if name not in {"KIConfig", "KIMixin", "KITrainer", "ki"}:
+    if name not in {"KIConfig", "KIMixin", "KITrainer", "cache_teacher", "ki"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     ki = importlib.import_module("growlib.ki")
     return ki if name == "ki" else getattr(ki, name)

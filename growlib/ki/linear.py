@@ -14,7 +14,7 @@ from torch import Tensor
 from growlib.errors import GrowError
 from growlib.ki.loss import KILoss, as_targets, listed_weights, product
 from growlib.ki.projection import Projection
-from growlib.ki.targets import Targets
+from growlib.ki.targets import Source, Targets, rows_of
 
 CHUNK_BYTES = 1 << 27  # of float32 logits at once
 
@@ -63,26 +63,53 @@ def linear_ki_loss(
     if hidden.shape[0] != labels.numel():
         asked = f"hidden states at {hidden.shape[0]} positions"
         raise GrowError(asked, f"there are {labels.numel()} labels", "one label per position")
-    hidden_NH = hidden[counted]
-    targets: Targets | Projection
-    if isinstance(teacher, Projection):
-        targets = teacher.rows(counted).gathered()
-        targets = targets.tokens(0, min(weight.shape[0], targets.shape[1]))
-    else:
-        targets = as_targets(teacher, counted, temperature).over(weight.shape[0])
-    student = Projection(hidden_NH, weight, bias, logit_scale, softcap).gathered()
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        student = student.cast(dtype)
+    source = teacher.rows(counted) if isinstance(teacher, Projection) else as_targets(teacher, counted, temperature)
+    student = Projection(hidden[counted], weight, bias, logit_scale, softcap)
+    sums = linear_ki_sums(
+        student, labels_N, source, alpha, temperature=temperature, gate=gate, chunk=chunk, recompute=recompute
+    )
     denominator = max(labels_N.numel(), 1) if num_items is None else num_items
-    like = student.hidden.new_zeros((), dtype=torch.promote_types(student.hidden.dtype, torch.float32))
-    alpha_tensor = like + alpha
-    settings = _Settings(logit_scale, softcap, temperature, gate, chunk or _chunk(student.shape[1]), recompute)
-    with torch.autocast(hidden.device.type, enabled=False):
-        sums = _LinearKILoss.apply(
-            student.hidden, student.weight, student.bias, alpha_tensor, labels_N, targets, settings
-        )
-    return KILoss(*(total / denominator for total in sums))
+    return KILoss(*(total / denominator for total in sums[:3]))
+
+
+class KISums(NamedTuple):
+    """Sums over positions: `KILoss`, the teacher's own CE at τ = 1, and over how many positions that is known."""
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    teacher_ce: Tensor
+    known: Tensor
+
+
+def linear_ki_sums(
+    student: Projection,
+    labels: Tensor,
+    teacher: Source,
+    alpha: float | Tensor,
+    *,
+    temperature: float,
+    gate: bool = False,
+    chunk: int | None = None,
+    recompute: bool = False,
+) -> KISums:
+    """`linear_ki_loss` as sums over N positions that all count, labels [N]; see there.
+
+    Raises:
+        GrowError: as `ki_loss`.
+    """
+    student = student.gathered()
+    if isinstance(teacher, Projection):
+        teacher = teacher.gathered()
+    device = student.hidden.device.type
+    if torch.is_autocast_enabled(device):
+        student = student.cast(torch.get_autocast_dtype(device))
+    vocab = student.shape[1]
+    settings = _Settings(student.scale, student.softcap, temperature, gate, chunk or _chunk(vocab), recompute)
+    alpha = student.hidden.new_zeros((), dtype=torch.promote_types(student.hidden.dtype, torch.float32)) + alpha
+    with torch.autocast(device, enabled=False):
+        sums = _LinearKILoss.apply(student.hidden, student.weight, student.bias, alpha, labels, teacher, settings)
+    return KISums(*sums)
 
 
 def _chunk(vocab: int) -> int:
@@ -99,7 +126,7 @@ class _Settings(NamedTuple):
 
 
 class _LinearKILoss(torch.autograd.Function):
-    """Sums over the positions: (loss, ce, kd)."""
+    """`KISums`, with the gradient of the first."""
 
     @staticmethod
     def forward(
@@ -109,20 +136,20 @@ class _LinearKILoss(torch.autograd.Function):
         bias: Tensor | None,
         alpha: Tensor,
         labels: Tensor,
-        targets: Targets | Projection,
+        teacher: Source,
         settings: _Settings,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         head = Projection(hidden, weight, bias, settings.scale, settings.softcap)
         now = ctx.needs_input_grad[:3] if not settings.recompute else (False, False, False)
-        sums, gradients = _run(head, alpha, labels, targets, settings, now)
-        loss, ce, kd, difference = sums
-        ctx.recompute, ctx.settings, ctx.targets = settings.recompute, settings, targets
+        sums, gradients = _run(head, alpha, labels, teacher, settings, now)
+        difference, *results = sums
+        ctx.recompute, ctx.settings, ctx.teacher = settings.recompute, settings, teacher
         if settings.recompute:
             ctx.save_for_backward(difference, hidden, weight, bias, alpha, labels)
         else:
             ctx.save_for_backward(difference, *gradients)
-        ctx.mark_non_differentiable(ce, kd)
-        return loss, ce, kd
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -130,7 +157,7 @@ class _LinearKILoss(torch.autograd.Function):
         if ctx.recompute:
             hidden, weight, bias, alpha, labels = saved
             head = Projection(hidden, weight, bias, ctx.settings.scale, ctx.settings.softcap)
-            _, saved = _run(head, alpha, labels, ctx.targets, ctx.settings, ctx.needs_input_grad[:3])
+            _, saved = _run(head, alpha, labels, ctx.teacher, ctx.settings, ctx.needs_input_grad[:3])
         gradients = [None if gradient is None else gradient * upstream[0].to(gradient.dtype) for gradient in saved]
         return (*gradients, difference * upstream[0], None, None, None)
 
@@ -140,13 +167,13 @@ def _run(
     head: Projection,
     alpha: Tensor,
     labels: Tensor,
-    targets: Targets | Projection,
+    teacher: Source,
     settings: _Settings,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The sums [loss, ce, kd, d loss / d α], and the gradients of (hidden, weight, bias) that are wanted."""
+    """The sums [d loss / d α, *KISums], and the gradients of (hidden, weight, bias) that are wanted."""
     hidden, weight, bias = head.hidden, head.weight, head.bias
-    sums = alpha.new_zeros(4)
+    sums = alpha.new_zeros(6)
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     d_weight = torch.zeros_like(weight, dtype=alpha.dtype) if wanted[1] else None
     d_bias = torch.zeros_like(bias, dtype=alpha.dtype) if wanted[2] and bias is not None else None
@@ -154,11 +181,10 @@ def _run(
         rows = slice(start, start + settings.chunk)
         logits = head.rows(rows).logits()
         slope = None if settings.softcap is None else 1 - (logits / settings.softcap).square()
-        part = targets[rows] if isinstance(targets, Targets) else targets.rows(rows).logits()
-        if isinstance(part, Tensor):
-            part = Targets.dense(part, temperature=settings.temperature)
-        parts, gradient = _chunk_loss(logits, labels[rows], part, alpha, settings.gate, any(wanted))
-        sums += parts
+        targets = rows_of(teacher, rows, settings.temperature).over(logits.shape[1])
+        sums[4:] += teacher_ce(targets, labels[rows])
+        parts, gradient = _chunk_loss(logits, labels[rows], targets, alpha, settings.gate, any(wanted))
+        sums[:4] += parts
         if gradient is None:
             continue
         if slope is not None:
@@ -181,7 +207,7 @@ def _run(
 def _chunk_loss(
     logits: Tensor, labels: Tensor, targets: Targets, alpha: Tensor, gate: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums [loss, ce, kd, kd - ce] of n positions, and d loss / d logits, [n, V], in the logits' own memory."""
+    """Sums [d loss / d α, loss, ce, kd] of n positions, and d loss / d logits, [n, V], in the logits' own memory."""
     labels = labels[:, None]
     label_logits = logits.gather(1, labels)[:, 0]
     together = targets.temperature == 1.0 and targets.vocab == logits.shape[1] and targets.ids is not None
@@ -196,7 +222,7 @@ def _chunk_loss(
     # A position without weight on one side keeps that side's NaN out, as `mix` does.
     loss = torch.where(weight == 1, 0, (1 - weight) * ce) + torch.where(weight == 0, 0, weight * kd)
     listened = difference.sum() if not gate else torch.where(weight == 0, 0, difference).sum()
-    sums = torch.stack([loss.sum(), ce.sum(), kd.sum(), listened])
+    sums = torch.stack([listened, loss.sum(), ce.sum(), kd.sum()])
     if not with_gradient:
         return sums, None
     on_ce, on_kd = (1 - weight)[:, None], (weight * targets.temperature)[:, None]
@@ -212,6 +238,15 @@ def _chunk_loss(
         gradient = logits.sub_(log_z[:, None]).exp_().mul_(on_ce)
         gradient[:, : targets.vocab] += _kl_gradient(scaled, targets, kl) * on_kd
     return sums, gradient.scatter_add_(1, labels, -on_ce)
+
+
+def teacher_ce(targets: Targets, labels: Tensor) -> Tensor:
+    """The teacher's CE at τ = 1 and the number of labels that its vocabulary holds, summed, [2]; 0 where sparse."""
+    if targets.ids is not None:
+        return labels.new_zeros(2, dtype=targets.logprobs.dtype)
+    logprobs = targets.at(1.0).label_logprobs(labels)
+    known = logprobs > -torch.inf
+    return torch.stack([-torch.where(known, logprobs, 0.0).sum(), known.sum().to(logprobs.dtype)])
 
 
 class _KL(NamedTuple):

@@ -246,6 +246,32 @@ def mixture(parts: Sequence[Targets], weights: Sequence[float]) -> Targets:
     )
 
 
+@dataclass(frozen=True)
+class Blend:
+    """Several teachers at the same positions, mixed part by part: Σ weightᵢ Pᵢ, see `mixture`."""
+
+    parts: tuple["Source", ...]
+    weights: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, the vocabulary of all)."""
+        first = self.parts[0]
+        return (len(first), first.vocab) if isinstance(first, Targets) else first.shape
+
+
+Source = Targets | Projection | Blend
+
+
+def rows_of(source: Source, rows: slice | Tensor, temperature: float) -> Targets:
+    """Targets at τ of some positions, whatever they come from."""
+    if isinstance(source, Targets):
+        return source[rows].at(temperature)
+    if isinstance(source, Projection):
+        return Targets.dense(source.rows(rows).logits(), temperature=temperature)
+    return mixture([rows_of(part, rows, temperature) for part in source.parts], source.weights)
+
+
 def _columns(part: Targets, shift: float, drawn: bool) -> tuple[Tensor, Tensor]:
     """The exact entries or the draws, their log-weights shifted."""
     assert part.ids is not None
