@@ -76,7 +76,8 @@ class KIConfig:
         elif self.stop_at is None:
             self._require("stop_at", self.schedule == "constant", "a share in (0, 1]; None with constant only")
         else:
-            self._require("stop_at", 0 < self.stop_at <= 1, "a share of training in (0, 1]")
+            share = self.stop_at
+            self._require("stop_at", isinstance(share, float | int) and 0 < share <= 1, 'a share in (0, 1], or "auto"')
         self._require("temperature", 0 < self.temperature < float("inf"), "a positive number")
         self._require("alpha", 0 <= self.alpha <= 1, "a weight in [0, 1]")
         self._require(
