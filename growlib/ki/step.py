@@ -114,6 +114,12 @@ def _logits_of(outputs: Any) -> Tensor:
             "return_dict=True and a loss that keeps the logits (no fused, chunked or Liger loss)",
         )
     _refuse_auxiliary_loss(outputs)
+    if not outputs["logits"].requires_grad:
+        raise GrowError(
+            "Knowledge Inheritance",
+            "the student's logits carry no gradient: the trainer behind the mixin computes its loss without them",
+            "loss_is_plain = True in the class that mixes them, where that loss is the plain cross-entropy",
+        )
     return outputs["logits"]
 
 

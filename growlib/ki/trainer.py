@@ -40,9 +40,16 @@ class KIMixin(_Base):
     Args:
         ki: the settings; None: no teacher, exactly the trainer behind the mixin.
 
+    Attributes:
+        loss_is_plain: set it to True in a subclass whose trainer overrides `compute_loss` and still minimises the plain
+            cross-entropy (trl's SFTTrainer): the loss is then computed from the states before the head, once one
+            batch has shown that it is the same.
+
     Raises:
         GrowError: the teacher cannot teach this student, or the run splits the student in an unsupported way.
     """
+
+    loss_is_plain = False
 
     def __init__(self, *args: Any, ki: KIConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -175,7 +182,7 @@ class KIMixin(_Base):
         behind = classes[classes.index(KIMixin) + 1 :]
         owner = next(cls for cls in behind if "compute_loss" in vars(cls))
         reasons = {
-            f"{owner.__name__} computes a loss of its own": owner is not Trainer,
+            f"{owner.__name__} computes a loss of its own": owner is not Trainer and not self.loss_is_plain,
             "labels are smoothed": self.label_smoother is not None,
             "the trainer was given a compute_loss_func": self.compute_loss_func is not None,
             "the student is compiled": self.args.torch_compile,

@@ -72,7 +72,7 @@ def cache_teacher(
     Raises:
         GrowError: the dataset has no length, the settings cannot be, or the folder holds another cache.
     """
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # the processes of accelerate or torchrun
     for name, data in (("dataset", dataset), ("held_out", held_out)):
         if data is not None and not (hasattr(data, "__len__") and hasattr(data, "__getitem__") and len(data)):
             wrong = f"the {name} is a {type(data).__name__} without a length, an index or examples"
