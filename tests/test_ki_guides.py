@@ -56,6 +56,7 @@ SPECIAL = {
 @pytest.mark.parametrize("name", [*MAKERS, *SPECIAL])
 def test_the_loss_from_hidden_states_takes_the_step_of_whole_logits(tmp_path, name, caplog):
     """Scaled, soft-capped, biased and shifted heads; the teacher's too."""
+    caplog.set_level(logging.WARNING, "growlib")  # the recipes make it quieter
     make = MAKERS.get(name) or SPECIAL[name]
     rows = examples(8)
     stepped = {}
@@ -195,8 +196,15 @@ def test_a_domain_without_a_teacher_is_named(tmp_path):
         train(tmp_path, llama(0), ki, with_domains(examples(8)), remove_unused_columns=True)
 
 
-def test_evaluation_is_not_disturbed_by_domains(tmp_path):
-    rows = with_domains(examples(8))
+def test_examples_without_a_domain_are_named(tmp_path):
+    ki = KIConfig(teacher={"code": llama(1)}, domain="source", **CONSTANT)
+    with pytest.raises(GrowError, match="have no domain"):
+        train(tmp_path, llama(0), ki, examples(8))
+
+
+@pytest.mark.parametrize("with_column", [True, False])
+def test_evaluation_is_not_disturbed_by_domains(tmp_path, with_column):
+    rows = with_domains(examples(8)) if with_column else examples(8)
     trainer = KITrainer(
         model=llama(0),
         args=arguments(tmp_path, remove_unused_columns=True),

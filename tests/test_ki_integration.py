@@ -46,6 +46,7 @@ def test_trls_sft_trainer_with_a_teacher(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("trl")
+        datasets = pytest.importorskip("datasets")
         from test_ki_teacher import tokenizer
         from trl import SFTConfig, SFTTrainer
 
@@ -54,7 +55,8 @@ def test_trls_sft_trainer_with_a_teacher(tmp_path):
 
         words = tokenizer(32)
         words.pad_token = words.eos_token = "[UNK]"
-        rows = [{"input_ids": row["input_ids"].tolist()} for row in examples(16, ignored=False)]
+        ids = [row["input_ids"].tolist() for row in examples(16, ignored=False)]
+        rows = datasets.Dataset.from_dict({"input_ids": ids})
         options = {
             name: value
             for name, value in arguments(tmp_path).to_dict().items()

@@ -103,8 +103,14 @@ class ByDomain:
         self.guides, self.head = guides, head
 
     def parts(self, batch: dict[str, Any]) -> list[Part]:
-        domains = batch[DOMAIN]
         labels = aligned_labels(batch, self.head)
+        if DOMAIN not in batch or len(batch[DOMAIN]) != len(labels):
+            raise GrowError(
+                "KIConfig(domain=...)",
+                "the examples of this batch have no domain, or are packed into fewer rows",
+                "the column in every training example, one example per row",
+            )
+        domains = batch[DOMAIN]
         of_position = domains[:, None].expand(labels.shape)[labels != IGNORE_INDEX]
         parts = []
         for number, guide in enumerate(self.guides):
@@ -182,6 +188,8 @@ class WithDomain:
         found = [feature.get(self.column) for feature in features]
         rest = [{name: x for name, x in feature.items() if name != self.column} for feature in features]
         batch = self.collator(rest)
+        if all(domain is None for domain in found):  # held-out examples need none
+            return batch
         for domain in found:
             if domain not in self.domains:
                 raise GrowError(
