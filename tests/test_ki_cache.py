@@ -305,6 +305,23 @@ def test_training_from_a_cache_is_training_with_the_online_top_k(tmp_path, tail)
     assert 0.5 * exact[0] < logs[0][0]["ki/teacher_ce"] < 2 * exact[0]
 
 
+@pytest.mark.parametrize("source", ["cache", "online"])
+def test_packed_training_takes_the_step_of_padded_training(tmp_path, source):
+    """Examples of several lengths in one row, from a cache that was written without packing."""
+    rows = [{name: x[: 4 + i % 4].tolist() for name, x in row.items()} for i, row in enumerate(examples(8))]
+    teacher = llama(1, hidden=8)
+    write(tmp_path / "cache", teacher, rows, data_collator=padded)
+    ki = KIConfig(teacher=tmp_path / "cache" if source == "cache" else teacher, schedule="constant", stop_at=None)
+    steps = []
+    for collator in (padded, DataCollatorWithFlattening()):
+        student = llama(0)
+        trainer = KITrainer(model=student, args=arguments(tmp_path), train_dataset=rows, data_collator=collator, ki=ki)
+        trainer.train()
+        steps.append(parameters(student))
+    assert (steps[0] - parameters(llama(0))).abs().max() > 1e-3
+    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-5)
+
+
 def test_a_sampled_cache_teaches_towards_the_full_distribution(tmp_path):
     teacher = llama(1, hidden=8)
     write(tmp_path / "cache", teacher, top_k=4, samples=24)
