@@ -15,7 +15,7 @@ from growlib.verify import Verification, verify
 if TYPE_CHECKING:
     from growlib import ki
     from growlib.after import EntryRates, Rewarm, freeze_old, mup_groups
-    from growlib.ki import KIConfig, KIMixin, KITrainer
+    from growlib.ki import KIConfig, KIMixin, KITrainer, cache_teacher
 
 __all__ = [
     "EntryRates",
@@ -28,6 +28,7 @@ __all__ = [
     "Origin",
     "Rewarm",
     "Verification",
+    "cache_teacher",
     "expand",
     "families",
     "freeze_old",
@@ -42,7 +43,7 @@ __all__ = [
 
 # What imports the Trainer, which the weights half does not need: imported on first use.
 _LAZY = dict.fromkeys(("EntryRates", "Rewarm", "freeze_old", "mup_groups"), "growlib.after")
-_LAZY |= dict.fromkeys(("KIConfig", "KIMixin", "KITrainer"), "growlib.ki")
+_LAZY |= dict.fromkeys(("KIConfig", "KIMixin", "KITrainer", "cache_teacher"), "growlib.ki")
 
 
 def __getattr__(name: str) -> Any:

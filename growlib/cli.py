@@ -1,4 +1,4 @@
-"""The command line: growlib expand | plan | verify | methods | families."""
+"""The command line: growlib expand | plan | verify | methods | families | cache."""
 
 import argparse
 import difflib
@@ -74,7 +74,27 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("families", help="the model types with a table, and the inference of others")
     command.add_argument("--check", metavar="TYPE", help="infer the table of a model type and show the verdict")
     command.set_defaults(run=_families)
+    _cache_parser(commands)
     return parser
+
+
+def _cache_parser(commands: Any) -> None:
+    text = "run a teacher over a dataset once and keep what it says, or verify what was kept"
+    command = commands.add_parser(
+        "cache",
+        help=text,
+        description=text,
+        usage="growlib cache TEACHER DATA FOLDER [options] | growlib cache verify FOLDER [TEACHER DATA]",
+    )
+    command.add_argument("arguments", nargs="+", help="DATA: a .npy array of token ids, a .jsonl file, or text")
+    command.add_argument("--top-k", type=int, default=16, help="exact tokens per position (default: %(default)s)")
+    command.add_argument("--samples", type=int, default=12, help="draws per position (default: %(default)s)")
+    command.add_argument("--temperature", type=float, default=1.0)
+    command.add_argument("--seed", type=int, default=0, help="of the draws")
+    command.add_argument("--length", type=int, default=512, help="tokens of a block of text (default: %(default)s)")
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--held-out", help="data on which the teacher's own loss is measured")
+    command.set_defaults(run=_cache)
 
 
 def _target(options: argparse.Namespace) -> str | dict[str, Any]:
@@ -154,6 +174,45 @@ def _families(options: argparse.Namespace) -> int:
         axes = [axis for axis, facts in family(name).axes.items() if facts.meets]
         rows.append((name, ", ".join([*axes, *dict.fromkeys(stack.layers for stack in family(name).stacks)])))
     print(_table(rows))
+    return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    # Here, because it imports the Trainer, which the other commands do not need.
+    from growlib.ki.cache import cache_teacher, verify_cache
+    from growlib.ki.cache.data import padded, read_examples
+    from growlib.ki.teacher import tokenizer_at
+
+    words = options.arguments
+    verifying = words[0] == "verify"
+    if len(words) not in ((2, 4) if verifying else (3,)):
+        valid = "growlib cache TEACHER DATA FOLDER, or growlib cache verify FOLDER [TEACHER DATA]"
+        raise GrowError("growlib cache " + " ".join(words), f"these are {len(words)} arguments", valid)
+    teacher, data = words[2:] or ("", "") if verifying else words[:2]
+    tokenizer = tokenizer_at(teacher) if teacher else None
+    dataset = read_examples(data, tokenizer, options.length) if data else None
+    if verifying:
+        loaded = checkpoint.load(teacher) if teacher else None
+        found = verify_cache(words[1], loaded, dataset, data_collator=padded)
+        print(found)
+        return 0 if found.sound else 1
+    held_out = read_examples(options.held_out, tokenizer, options.length) if options.held_out else None
+    cache = cache_teacher(
+        checkpoint.load(teacher),
+        dataset,
+        words[2],
+        top_k=options.top_k,
+        samples=options.samples,
+        temperature=options.temperature,
+        seed=options.seed,
+        tokenizer=tokenizer,
+        data_collator=padded,
+        held_out=held_out,
+        batch_size=options.batch_size,
+    )
+    each = cache.bytes_on_disk / max(cache.positions, 1)
+    print(f"{words[2]}: {len(cache):,} examples, {cache.positions:,} positions of {each:.1f} bytes on disk")
+    print(f"the teacher's loss there: {cache.teacher_ce:.4f}")
     return 0
 
 

@@ -1,16 +1,17 @@
-"""The code in the guide runs and asserts what it says."""
+"""The code in the guides runs and asserts what it says."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-GUIDE = (Path(__file__).parents[1] / "docs" / "ki.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
+DOCS = Path(__file__).parents[1] / "docs"
+GUIDES = [(DOCS / name).read_text(encoding="utf-8") for name in ("ki.md", "ki-cache.md")]
+BLOCKS = [block for guide in GUIDES for block in re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)]
 
 
-def test_the_guide_has_three_blocks():
-    assert len(BLOCKS) == 3
+def test_the_guides_have_four_blocks():
+    assert len(BLOCKS) == 4
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))

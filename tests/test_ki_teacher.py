@@ -64,10 +64,10 @@ def test_settings_are_frozen_and_scale_the_schedule():
 
 def test_a_folder_of_safetensors_is_loaded_in_its_dtype(tmp_path):
     llama(1, hidden=8).to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
-    loaded = trainer(tmp_path, llama(0), KIConfig(teacher=str(tmp_path / "teacher")))._ki_teacher.model
+    loaded = trainer(tmp_path, llama(0), KIConfig(teacher=str(tmp_path / "teacher")))._ki_guide.teacher.model
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     cast = KIConfig(teacher=str(tmp_path / "teacher"), teacher_dtype=torch.float64)
-    assert trainer(tmp_path, llama(0), cast)._ki_teacher.model.dtype == torch.float64
+    assert trainer(tmp_path, llama(0), cast)._ki_guide.teacher.model.dtype == torch.float64
 
 
 def test_pickled_weights_are_refused(tmp_path):
@@ -111,7 +111,7 @@ def test_two_paddings_of_one_tokenizer_meet_on_the_tokenizer(tmp_path):
     llama(1, hidden=8, vocab=VOCAB + 8).save_pretrained(tmp_path / "teacher")
     tokenizer(VOCAB - 2).save_pretrained(tmp_path / "teacher")
     taught = trainer(tmp_path, llama(0), KIConfig(teacher=tmp_path / "teacher"), tokenizer(VOCAB - 2))
-    assert taught._ki_teacher.logits(collate(examples(2))).shape == (2, 10, VOCAB - 2)
+    assert taught._ki_guide.teacher.logits(collate(examples(2))).shape == (2, 10, VOCAB - 2)
 
 
 def test_a_declared_common_vocabulary_is_used(tmp_path):
@@ -123,7 +123,7 @@ def test_a_declared_common_vocabulary_is_used(tmp_path):
     batch = collate(examples(8))
     aligned = aligned_labels(batch, "causal")
     known = (aligned >= 0) & (aligned < VOCAB - 6)
-    log_probs = taught._ki_teacher.logits(batch).log_softmax(-1)[known]
+    log_probs = taught._ki_guide.teacher.logits(batch).log_softmax(-1)[known]
     expected = -log_probs.gather(-1, aligned[known][:, None]).mean().item()
     assert logs["ki/teacher_ce"] == pytest.approx(expected, rel=1e-5)
     assert all(torch.tensor(value).isfinite() for value in logs.values())
@@ -140,7 +140,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
     with pytest.raises(GrowError, match="tokenizer is not the student's: 3"):
         trainer(tmp_path, llama(0), KIConfig(teacher=tmp_path / "teacher"), tokenizer(VOCAB))
     agreed = KIConfig(teacher=tmp_path / "teacher", common_vocab=VOCAB - 2)
-    assert trainer(tmp_path, llama(0), agreed, tokenizer(VOCAB))._ki_teacher.common_vocab == VOCAB - 2
+    assert trainer(tmp_path, llama(0), agreed, tokenizer(VOCAB))._ki_guide.teacher.common_vocab == VOCAB - 2
 
 
 @pytest.mark.parametrize(("maker", "head"), [(llama, "causal"), (gpt2, "causal"), (bert, "masked"), (t5, "seq2seq")])
@@ -174,8 +174,8 @@ def test_the_teacher_equal_to_the_student_gives_its_logits(tmp_path, name):
     teacher, batch = MAKERS[name](1), collate(examples(4, ignored=False))
     taught = trainer(tmp_path, MAKERS[name](0), KIConfig(teacher=teacher))
     expected = teacher(**batch).logits
-    assert torch.equal(taught._ki_teacher.logits(batch), expected)
-    assert not taught._ki_teacher.logits(batch).requires_grad
+    assert torch.equal(taught._ki_guide.teacher.logits(batch), expected)
+    assert not taught._ki_guide.teacher.logits(batch).requires_grad
 
 
 def test_inputs_that_the_teacher_does_not_name_are_left_out(tmp_path):
@@ -185,7 +185,7 @@ def test_inputs_that_the_teacher_does_not_name_are_left_out(tmp_path):
 
     taught = trainer(tmp_path, llama(0), KIConfig(teacher=Narrow(llama(1).config)))
     batch = collate(examples(2)) | {"position_ids": torch.arange(10).repeat(2, 1)}
-    assert taught._ki_teacher.logits(batch).shape == (2, 10, VOCAB)
+    assert taught._ki_guide.teacher.logits(batch).shape == (2, 10, VOCAB)
 
 
 def test_unsupported_splits_are_refused(tmp_path, monkeypatch):

@@ -1,8 +1,32 @@
 """Knowledge Inheritance (Qin et al. 2021, arXiv 2105.13880): a small model guides a larger one's training."""
 
+from growlib.ki.cache import CacheVerification, TeacherCache, cache_teacher, verify_cache
+from growlib.ki.cache.data import read_examples
 from growlib.ki.config import KIConfig
+from growlib.ki.linear import linear_ki_loss
 from growlib.ki.loss import KILoss, ki_loss
+from growlib.ki.masking import MaskedExamples
+from growlib.ki.projection import Projection
 from growlib.ki.schedules import SCHEDULES
+from growlib.ki.targets import TREATMENTS, Targets, mixture
 from growlib.ki.trainer import KIMixin, KITrainer
 
-__all__ = ["SCHEDULES", "KIConfig", "KILoss", "KIMixin", "KITrainer", "ki_loss"]
+__all__ = [
+    "SCHEDULES",
+    "TREATMENTS",
+    "CacheVerification",
+    "KIConfig",
+    "KILoss",
+    "KIMixin",
+    "KITrainer",
+    "MaskedExamples",
+    "Projection",
+    "Targets",
+    "TeacherCache",
+    "cache_teacher",
+    "ki_loss",
+    "linear_ki_loss",
+    "mixture",
+    "read_examples",
+    "verify_cache",
+]

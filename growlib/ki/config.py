@@ -1,13 +1,19 @@
 """The settings of teacher-guided training."""
 
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from growlib.errors import GrowError
 from growlib.ki.schedules import SCHEDULES
+from growlib.ki.targets import TREATMENTS
+
+OneTeacher = PreTrainedModel | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -15,42 +21,63 @@ class KIConfig:
     """Settings of Knowledge Inheritance (arXiv 2105.13880), checked at construction.
 
     Attributes:
-        teacher: a model, a folder, or a hub id, of the student's tokenizer. A model that is passed in is used
-            as it is: frozen, put in eval mode, and moved to the training device.
+        teacher: a model, a folder, or a hub id, of the student's tokenizer; or the folder of a cache that
+            `growlib.cache_teacher` wrote, and no teacher is loaded. A model that is passed in is used as it is:
+            frozen, put in eval mode, and moved to the training device. Several: a tuple, whose distributions are
+            averaged, or a dict, domain -> teacher, each of which teaches the examples of its domain.
         schedule: how α falls: one of `growlib.ki.SCHEDULES`.
         stop_at: share of training (0 to 1) from which α is 0 and the teacher gone; the paper's α_T is 1 /
-            stop_at. None, with `schedule="constant"` only: never.
+            stop_at. None, with `schedule="constant"` only: never. "auto": from the first evaluation in which the
+            student's held-out loss is no higher than the teacher's; until then α falls as if `stop_at` were 1.
         temperature: τ of both softmaxes.
         alpha: α at the first step, which the schedule scales down.
         teacher_dtype: what the teacher is cast to, once; None keeps the checkpoint's.
         common_vocab: number of token ids, counted from 0, that mean the same to student and teacher. None:
             both vocabularies are equally large, or the two tokenizers prove that only their padding differs.
             The data must hold no id that the teacher's embedding lacks.
+        weights: of the teachers of a tuple, summing to 1; None: equal ones.
+        domain: the dataset's column that names each example's domain, with a dict of teachers.
+        top_k: an online teacher's most probable tokens alone are taught; None: its whole distribution.
+        tail: how the rest is treated: a key of `growlib.ki.TREATMENTS`; None: "bucket" for an online top-K, and for
+            a cache what it was written for.
+        gate: α counts as 0 at positions where the teacher gives the label no more probability than the student.
 
     Raises:
         GrowError: a value is out of range.
     """
 
-    teacher: PreTrainedModel | str | os.PathLike[str]
+    teacher: OneTeacher | tuple[OneTeacher, ...] | Mapping[Any, OneTeacher]
     schedule: str = "linear"
-    stop_at: float | None = 0.3
+    stop_at: float | Literal["auto"] | None = 0.3
     temperature: float = 1.0
     alpha: float = 1.0
     teacher_dtype: torch.dtype | None = None
     common_vocab: int | None = None
+    weights: tuple[float, ...] | None = None
+    domain: str | None = None
+    top_k: int | None = None
+    tail: str | None = None
+    gate: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.teacher, PreTrainedModel | str | os.PathLike):
-            raise GrowError(
-                f"KIConfig(teacher={type(self.teacher).__name__} object)",
-                "this is not a language model",
-                "a PreTrainedModel, a folder, or a hub id",
-            )
+        several = isinstance(self.teacher, tuple | Mapping)
+        teachers = self.teacher.values() if isinstance(self.teacher, Mapping) else self.teacher if several else ()
+        for teacher in teachers if several else (self.teacher,):  # type: ignore[union-attr]
+            if not isinstance(teacher, PreTrainedModel | str | os.PathLike):
+                raise GrowError(
+                    f"KIConfig(teacher={type(teacher).__name__} object)",
+                    "this is not a language model",
+                    "a PreTrainedModel, a folder, or a hub id; a tuple or a dict of them",
+                )
+        self._require("teacher", not several or len(self.teacher) > 0, "at least one")  # type: ignore[arg-type]
         self._require("schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES))
-        if self.stop_at is None:
+        if self.stop_at == "auto":
+            pass
+        elif self.stop_at is None:
             self._require("stop_at", self.schedule == "constant", "a share in (0, 1]; None with constant only")
         else:
-            self._require("stop_at", 0 < self.stop_at <= 1, "a share of training in (0, 1]")
+            share = self.stop_at
+            self._require("stop_at", isinstance(share, float | int) and 0 < share <= 1, 'a share in (0, 1], or "auto"')
         self._require("temperature", 0 < self.temperature < float("inf"), "a positive number")
         self._require("alpha", 0 <= self.alpha <= 1, "a weight in [0, 1]")
         self._require(
@@ -59,11 +86,29 @@ class KIConfig:
             "a floating-point torch.dtype, or None",
         )
         self._require("common_vocab", self.common_vocab is None or self.common_vocab > 0, "a positive count, or None")
+        self._require("top_k", self.top_k is None or self.top_k > 0, "a positive count, or None")
+        self._require("tail", self.tail is None or self.tail in TREATMENTS, "one of " + ", ".join(TREATMENTS))
+        self._require(
+            "domain",
+            (self.domain is not None) == isinstance(self.teacher, Mapping),
+            "a dataset column, with a dict of teachers and only then",
+        )
+        self._require(
+            "weights",
+            self.weights is None
+            or (
+                isinstance(self.teacher, tuple)
+                and len(self.weights) == len(self.teacher)
+                and all(weight > 0 for weight in self.weights)
+                and math.isclose(sum(self.weights), 1.0, abs_tol=1e-6)
+            ),
+            "one positive weight per teacher of a tuple, summing to 1",
+        )
 
     def _require(self, name: str, valid: bool, what_is_valid: str) -> None:
         if not valid:
             raise GrowError(f"KIConfig({name}={getattr(self, name)!r})", "the value is not usable", what_is_valid)
 
     def alpha_at(self, progress: float) -> float:
-        """α when the share `progress` of training (0 to 1) is done."""
-        return self.alpha * SCHEDULES[self.schedule](progress, self.stop_at)
+        """α when the share `progress` of training (0 to 1) is done; with "auto", while the teacher is heard."""
+        return self.alpha * SCHEDULES[self.schedule](progress, 1.0 if self.stop_at == "auto" else self.stop_at)

@@ -2,7 +2,7 @@
 
     L = (1 - α) CE + α τ² KL(P_teacher(τ) ‖ P_student(τ)),    P(τ) = softmax(logits / τ)
 
-Shapes: N positions, V tokens.
+Shapes: N positions, V tokens, K tokens that sparse targets list.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from growlib.errors import GrowError
+from growlib.ki.targets import Targets
 
 
 class KILoss(NamedTuple):
@@ -23,12 +26,13 @@ class KILoss(NamedTuple):
 def ki_loss(
     student_logits: Tensor,
     labels: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | Targets,
     *,
     alpha: float | Tensor,
     temperature: float = 1.0,
     ignore_index: int = -100,
     num_items: int | Tensor | None = None,
+    gate: bool = False,
 ) -> KILoss:
     """Mix the cross-entropy with the forward KL from the teacher (arXiv 2105.13880, Eq. 1 and 2).
 
@@ -38,35 +42,85 @@ def ki_loss(
     Args:
         student_logits: [..., V]. Aligned with `labels`: a causal model's labels are shifted by the caller.
         labels: [...], token ids.
-        teacher: the teacher's logits, [..., V_teacher]; no gradient reaches them. Where V_teacher differs
-            from V (two paddings of one tokenizer) the KL is taken over the first min(V, V_teacher) tokens,
-            both sides renormalised there, and the CE over the student's V.
+        teacher: the teacher's logits, [..., V_teacher], or Targets of all positions of `labels`, in their order;
+            no gradient reaches them. Where the teacher's vocabulary differs from V (two paddings of one tokenizer)
+            the KL is taken over the common first tokens, both sides renormalised there, and the CE over the
+            student's V.
         alpha: weight of the KL, in [0, 1]; a tensor has no dimensions.
         temperature: τ > 0.
         num_items: the denominator; None: the number of labels that count in this call, which makes both terms
             means.
+        gate: take α as 0 at positions where the teacher gives the label no more probability than the student.
 
     Returns:
-        KILoss(loss, ce, kd). Without any label that counts, all three are 0 and so are the gradients.
+        KILoss(loss, ce, kd); `ce` and `kd` are over all positions, gated or not. Without any label that counts,
+        all three are 0 and so are the gradients.
+
+    Raises:
+        GrowError: the targets are sparse, and not of this temperature or of too large a vocabulary.
     """
     counted = labels.reshape(-1) != ignore_index
     labels_N = labels.reshape(-1)[counted]
-    student_NV = student_logits.reshape(-1, student_logits.shape[-1])[counted]
-    teacher_NV = teacher.reshape(-1, teacher.shape[-1])[counted]
+    student_NV = at_least_float32(student_logits.reshape(-1, student_logits.shape[-1])[counted])
+    targets = as_targets(teacher, counted, temperature).over(student_NV.shape[-1])
     denominator = max(labels_N.numel(), 1) if num_items is None else num_items
-    ce = F.cross_entropy(at_least_float32(student_NV), labels_N, reduction="sum") / denominator
-    kd = kl_sum(student_NV, teacher_NV, temperature) / denominator
-    return KILoss(mix(ce, kd, alpha), ce, kd)
+    ce_N = F.cross_entropy(student_NV, labels_N, reduction="none")
+    kd_N = kl_per_position(student_NV, targets)
+    ce, kd = ce_N.sum() / denominator, kd_N.sum() / denominator
+    if not gate:
+        return KILoss(mix(ce, kd, alpha), ce, kd)
+    listens_N = targets.label_logprobs(labels_N) > -ce_N.detach()
+    return KILoss(mix(ce_N, kd_N, alpha * listens_N).sum() / denominator, ce, kd)
 
 
-def kl_sum(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-    """τ² KL(P_teacher(τ) ‖ P_student(τ)), summed over the N positions and the tokens that both sides have."""
-    common = min(student_NV.shape[-1], teacher_NV.shape[-1])
-    log_student, log_teacher = (
-        F.log_softmax(at_least_float32(logits[:, :common]) / temperature, dim=-1)
-        for logits in (student_NV, teacher_NV.detach())
-    )
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+def as_targets(teacher: Tensor | Targets, counted: Tensor, temperature: float) -> Targets:
+    """The counted rows of a teacher's logits or targets, at τ.
+
+    Raises:
+        GrowError: the number of positions is not that of the labels.
+    """
+    logits = teacher.reshape(-1, teacher.shape[-1]) if isinstance(teacher, Tensor) else teacher
+    if len(logits) != counted.numel():
+        raise GrowError(f"targets at {len(logits)} positions", f"there are {counted.numel()} labels", "one per label")
+    if isinstance(logits, Tensor):
+        return Targets.dense(logits[counted], temperature=temperature)
+    return logits[counted].at(temperature)
+
+
+def kl_per_position(student_NV: Tensor, targets: Targets) -> Tensor:
+    """τ² KL(P_teacher(τ) ‖ P_student(τ)) at each position, [N], as the targets' treatment defines it."""
+    log_q = F.log_softmax(student_NV[:, : targets.vocab] / targets.temperature, dim=-1)
+    squared = targets.temperature**2
+    if targets.ids is None:
+        return squared * F.kl_div(log_q, targets.logprobs, reduction="none", log_target=True).sum(-1)
+    listed = log_q.gather(1, targets.ids)
+    log_w, constant = listed_weights(targets)
+    kd = constant - (log_w.exp() * listed).sum(1)
+    if targets.treatment == "bucket":
+        assert targets.tail is not None
+        log_q_tail = log_q.scatter(1, targets.ids, -torch.inf).logsumexp(1)
+        kd = kd - product(targets.tail.exp(), log_q_tail)
+    return squared * kd
+
+
+def listed_weights(targets: Targets) -> tuple[Tensor, Tensor]:
+    """Log-weights [N, K] of the tokens that sparse targets list, and the KL's part that no student changes, [N]."""
+    log_w = targets.logprobs
+    if targets.treatment == "sampled":
+        assert targets.entropy is not None
+        return log_w, -targets.entropy
+    if targets.treatment == "renorm_teacher":
+        log_w = log_w.log_softmax(-1)
+    constant = product(log_w.exp(), log_w).sum(1)
+    if targets.treatment == "bucket":
+        assert targets.tail is not None
+        constant = constant + product(targets.tail.exp(), targets.tail)
+    return log_w, constant
+
+
+def product(weight: Tensor, log: Tensor) -> Tensor:
+    """weight · log, 0 where the weight is 0 and the log infinite."""
+    return weight * log.masked_fill(weight == 0, 0.0)
 
 
 def mix(ce: Tensor, kd: Tensor, alpha: float | Tensor) -> Tensor:

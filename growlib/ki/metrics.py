@@ -4,8 +4,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from growlib.ki.loss import at_least_float32
-
 
 class KIMetrics:
     """Sums over the steps since the last report; nothing leaves the device before `drain`.
@@ -19,11 +17,9 @@ class KIMetrics:
         self._sums: Tensor | None = None  # ce, kd, teacher_ce, positions, positions with a teacher_ce
 
     @torch.no_grad()
-    def add(self, ce: Tensor, kd: Tensor, teacher_NV: Tensor, labels_N: Tensor) -> None:
-        """Add a micro-batch of N positions; `ce` and `kd` are sums over them, in nats."""
-        teacher_ce, known = teacher_ce_sum(teacher_NV, labels_N)
-        positions = torch.full_like(known, labels_N.numel())
-        sums = torch.stack([ce.detach(), kd.detach(), teacher_ce, positions, known]).float()
+    def add(self, ce: Tensor, kd: Tensor, teacher_ce: Tensor, known: Tensor, positions: int) -> None:
+        """Add a micro-batch: sums over its positions, in nats; `known` says over how many `teacher_ce` is."""
+        sums = torch.stack([ce.detach(), kd.detach(), teacher_ce, known.new_tensor(positions), known]).float()
         self._sums = sums if self._sums is None else self._sums + sums
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
@@ -37,12 +33,3 @@ class KIMetrics:
             if known:
                 logs["ki/teacher_ce"] = teacher_ce / known
         return logs
-
-
-def teacher_ce_sum(teacher_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The teacher's CE at τ = 1, summed over the labels that its vocabulary holds, and how many; scalars."""
-    known = labels_N < teacher_NV.shape[-1]
-    logits = at_least_float32(teacher_NV)
-    label_logits = logits.gather(-1, labels_N.clamp(max=teacher_NV.shape[-1] - 1)[:, None])[:, 0]
-    ce_N = logits.logsumexp(-1) - label_logits
-    return (ce_N * known).sum(), known.sum().to(ce_N.dtype)

@@ -1,6 +1,7 @@
 """An online teacher: found, checked against the student, frozen."""
 
 import inspect
+import logging
 import os
 from typing import Any
 
@@ -16,9 +17,13 @@ from transformers import (
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
-from growlib.ki.heads import Head, head_of
+from growlib.ki.heads import head_of
+from growlib.ki.hidden import Reach, Unreachable, reach, without_logits
+from growlib.ki.projection import Projection
 
-AUTO_CLASS = {
+logger = logging.getLogger("growlib")
+
+AUTO_CLASS: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
     "masked": AutoModelForMaskedLM,
     "seq2seq": AutoModelForSeq2SeqLM,
@@ -34,38 +39,67 @@ class Teacher:
     Attributes:
         model: the language model, in eval mode, without gradients.
         common_vocab: number of token ids that teacher and student share.
+        head: how its labels meet its logits.
+        names: what its forward pass takes.
     """
 
     def __init__(self, model: PreTrainedModel, common_vocab: int) -> None:
         self.model = model.eval().requires_grad_(False)
         self.common_vocab = common_vocab
+        self.head = head_of(model)
         parameters = inspect.signature(model.forward).parameters
-        self._names = set(parameters)
+        self.names = set(parameters)
+        self._reach: Reach | None = None
+        self._reach_known = False
         self._takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
     @torch.no_grad()
     def logits(self, inputs: dict[str, Any]) -> Tensor:
         """The teacher's logits on the student's inputs, [batch, length, common_vocab]."""
+        return self.model(**self._inputs(inputs)).logits[..., : self.common_vocab]
+
+    @torch.no_grad()
+    def source(self, inputs: dict[str, Any]) -> Tensor | Projection:
+        """The same as [positions, common_vocab]: hidden states and head, or the logits where no head is reachable."""
+        kept = self._inputs(inputs)
+        if not self._reach_known:
+            self._reach_known = True
+            try:
+                self._reach = reach(self.model, self.model, kept)
+            except Unreachable as reason:
+                logger.info("the teacher's logits are computed as a whole: %s", reason)
+        if self._reach is None:
+            logits = self.model(**kept).logits[..., : self.common_vocab]
+            return logits.reshape(-1, logits.shape[-1])
+        return without_logits(self._reach, self.model, kept).tokens(0, self.common_vocab)
+
+    def _inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the teacher takes of a batch."""
         if self.model.training:  # whoever owns the model may have switched it
             self.model.eval()
         kept = {
             name: value
             for name, value in inputs.items()
-            if name not in NOT_FOR_THE_TEACHER and (self._takes_any or name in self._names)
+            if name not in NOT_FOR_THE_TEACHER and (self._takes_any or name in self.names)
         }
-        if "use_cache" in self._names:
+        if "use_cache" in self.names:
             kept["use_cache"] = False
         if self.model.config.is_encoder_decoder and "decoder_input_ids" not in kept:
             kept["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
-        return self.model(**kept).logits[..., : self.common_vocab]
+        return kept
 
 
 def resolve_teacher(
-    config: KIConfig, student: PreTrainedModel, student_tokenizer: Any, device: torch.device
+    config: KIConfig,
+    teacher: PreTrainedModel | str | os.PathLike[str],
+    student: PreTrainedModel,
+    student_tokenizer: Any,
+    device: torch.device,
 ) -> Teacher:
-    """Load the teacher, or take the model that the config holds, and check that it can teach the student.
+    """Load a teacher, or take the model that the config holds, and check that it can teach the student.
 
     Args:
+        teacher: one of those in `config.teacher`.
         student_tokenizer: the student's, or None where it is not known.
         device: where the teacher goes; one with a device map of its own stays where it is.
 
@@ -74,11 +108,11 @@ def resolve_teacher(
             parameters with the student, or its token ids do not mean what the student's mean.
     """
     head = head_of(student)
-    if isinstance(config.teacher, PreTrainedModel):
-        model, source = config.teacher, config.teacher.name_or_path or ""
+    if isinstance(teacher, PreTrainedModel):
+        model, source = teacher, teacher.name_or_path or ""
     else:
-        source = os.fspath(config.teacher)
-        model = _load(source, head, config.teacher_dtype)
+        source = os.fspath(teacher)
+        model = load_teacher(source, head, config.teacher_dtype)
     asked = f"KIConfig(teacher={source or type(model).__name__!r})"
     if head_of(model) != head:
         raise GrowError(asked, f"a {head_of(model)} language model cannot teach a {head} one", f"a {head} model")
@@ -88,14 +122,18 @@ def resolve_teacher(
             "it shares parameters with the student, which freezing it would freeze",
             "a copy of the model",
         )
-    common_vocab = _common_vocab(asked, config, model, student, _tokenizer_at(source), student_tokenizer)
+    common_vocab = _common_vocab(asked, config, model, student, tokenizer_at(source), student_tokenizer)
     if getattr(model, "hf_device_map", None) is None:
         model.to(device=device, dtype=config.teacher_dtype)  # type: ignore[call-arg]
     return Teacher(model, common_vocab)
 
 
-def _load(source: str, head: Head, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load safetensors weights, never code."""
+def load_teacher(source: str, head: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load safetensors weights, never code.
+
+    Raises:
+        GrowError: they do not load, or not as this kind of language model.
+    """
     asked = f"KIConfig(teacher={source!r})"
     try:
         model, report = AUTO_CLASS[head].from_pretrained(
@@ -125,7 +163,7 @@ def _share_parameters(one: nn.Module, other: nn.Module) -> bool:
     return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())
 
 
-def _tokenizer_at(source: str) -> Any:
+def tokenizer_at(source: str) -> Any:
     """The tokenizer that lies beside the teacher's weights; None where there is none."""
     if os.path.isdir(source):
         if not any(os.path.isfile(os.path.join(source, f"tokenizer{end}")) for end in (".json", "_config.json")):

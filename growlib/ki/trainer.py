@@ -1,6 +1,8 @@
 """Knowledge Inheritance inside the Hugging Face Trainer."""
 
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +11,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
+from growlib.ki.guide import DOMAIN, Guide, WithDomain, resolve_guide
 from growlib.ki.heads import IGNORE_INDEX, aligned_labels, head_of
-from growlib.ki.loss import kl_sum, mix
+from growlib.ki.hidden import Reach, Unreachable, reach
 from growlib.ki.metrics import KIMetrics
-from growlib.ki.teacher import Teacher, resolve_teacher
+from growlib.ki.step import Step, linear_step, plain_step
+from growlib.ki.stop import StopWhenPassed
+
+logger = logging.getLogger("growlib")
 
 if TYPE_CHECKING:  # a mixin's super() calls are typed by the class that it is mixed into
     _Base = Trainer
@@ -34,20 +40,33 @@ class KIMixin(_Base):
     Args:
         ki: the settings; None: no teacher, exactly the trainer behind the mixin.
 
+    Attributes:
+        loss_is_plain: set it to True in a subclass whose trainer overrides `compute_loss` and still minimises the plain
+            cross-entropy (trl's SFTTrainer): the loss is then computed from the states before the head, once one
+            batch has shown that it is the same.
+
     Raises:
         GrowError: the teacher cannot teach this student, or the run splits the student in an unsupported way.
     """
+
+    loss_is_plain = False
 
     def __init__(self, *args: Any, ki: KIConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ki = ki
         self._ki_metrics = KIMetrics()
-        self._ki_teacher: Teacher | None = None
-        self._ki_divides: bool | None = None
+        self._ki_guide: Guide | None = None
+        self._ki_path: _Path | None = None
+        self._ki_stop = StopWhenPassed()
         if ki is not None:
             self._ki_refuse_split_students()
             self._ki_head = head_of(self._ki_student())
-            self._ki_teacher = self._ki_resolve_teacher(ki)
+            self._ki_guide = self._ki_resolve_guide(ki)
+            if ki.stop_at == "auto":
+                self._ki_stop.check(self._ki_guide)
+            if ki.domain is not None:
+                assert isinstance(ki.teacher, Mapping)
+                self.data_collator = WithDomain(self.data_collator, ki.domain, tuple(ki.teacher))
 
     def compute_loss(
         self,
@@ -61,35 +80,47 @@ class KIMixin(_Base):
         Raises:
             GrowError: the outputs lack logits, or the model's loss has a part that is no cross-entropy.
         """
+        batch, inputs = inputs, {name: value for name, value in inputs.items() if name != DOMAIN}
         if self.ki is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        alpha = self.ki.alpha_at(self.state.global_step / max(self.state.max_steps, 1))
+        alpha = self._ki_alpha(self.ki)
         self._ki_metrics.alpha = alpha
         if alpha == 0:
-            self._ki_teacher = None
+            self._ki_guide = None
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-        if self._ki_teacher is None:  # released by an earlier train() of this trainer
-            self._ki_teacher = self._ki_resolve_teacher(self.ki)
-        divides = num_items_in_batch is not None and self._ki_num_items_divides(model, inputs)
-        batch = dict(inputs)  # label smoothing pops the labels from `inputs`
-        ce, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        logits = _logits_of(outputs)
+        if self._ki_guide is None:  # released by an earlier train() of this trainer
+            self._ki_guide = self._ki_resolve_guide(self.ki)
+        if self._ki_path is None:
+            self._ki_path = self._ki_find_path(model, inputs)
         with self.accelerator.autocast():
-            teacher_logits = self._ki_teacher.logits(batch).to(logits.device)
-
-        labels = aligned_labels(batch, self._ki_head).reshape(-1)
+            parts = self._ki_guide.parts(dict(batch))
+        labels = aligned_labels(inputs, self._ki_head).reshape(-1)
         counted = labels != IGNORE_INDEX
-        labels_N = labels[counted]
-        student_NV, teacher_NV = (x.reshape(-1, x.shape[-1])[counted] for x in (logits, teacher_logits))
-        kd_sum = kl_sum(student_NV, teacher_NV, self.ki.temperature)
-        denominator: Any = num_items_in_batch if divides else max(labels_N.numel(), 1)
+        step = Step(parts, labels[counted], counted, alpha, self.ki)
+        divides = num_items_in_batch is not None and self._ki_path.divides
+        denominator: Any = num_items_in_batch if divides else max(step.labels.numel(), 1)
         weight = self._ki_loss_scale(num_items_in_batch) / denominator  # of one position
-        # The mean over no position is NaN; its gradient is 0, as the KL's.
-        ce_sum = ce / weight if labels_N.numel() else torch.zeros_like(ce)
-        self._ki_metrics.add(ce_sum, kd_sum, teacher_NV, labels_N)
-        loss = mix(ce, kd_sum * weight, alpha)
+        if self._ki_path.reach is not None and not return_outputs:
+            loss, sums = linear_step(step, self._ki_path.reach, model, self._ki_without_labels(inputs), weight)
+        else:
+            ce, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss, sums = plain_step(step, ce, outputs, weight)
+        self._ki_metrics.add(*sums, step.labels.numel())
         return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `Trainer.evaluate`; with `stop_at="auto"`, in training, the teacher is left once it is passed."""
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        hears = self.ki is not None and self.ki.stop_at == "auto" and self.is_in_train and self._ki_guide is not None
+        if hears and "eval_loss" in metrics:
+            assert self._ki_guide is not None
+            teacher = self._ki_stop.teacher_loss(self._ki_guide, self, eval_dataset)
+            logs = {"ki/teacher_held_out": teacher}
+            if metrics["eval_loss"] <= teacher:
+                logs["ki/stopped"] = float(self.state.global_step)
+            self.log(logs)
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the `ki/` values to the training logs, which are those that hold `loss`."""
@@ -106,37 +137,84 @@ class KIMixin(_Base):
         )
         return self.accelerator.num_processes if undone else 1
 
-    def _ki_num_items_divides(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Whether the trainer's loss is a sum over `num_items_in_batch`, and not a mean over the micro-batch.
+    def _ki_alpha(self, ki: KIConfig) -> float:
+        if ki.stop_at == "auto" and self._ki_stop.stopped(self.state):
+            return 0.0
+        return ki.alpha_at(self.state.global_step / max(self.state.max_steps, 1))
 
-        Models that compute their loss inline (BERT, T5) accept `num_items_in_batch` and ignore it, and
-        nothing declares it. Two forward passes, at the first step only, show it: the sum halves from 1 item
-        to 2.
+    def _ki_find_path(self, model: nn.Module, inputs: dict[str, Any]) -> "_Path":
+        """How the trainer's loss is normalised, and whether it can be computed from the head's hidden states.
+
+        Models that compute their loss inline (BERT, T5) accept `num_items_in_batch` and ignore it, and nothing
+        declares it. Forward passes at the first step show it: a sum over the items halves from 1 item to 2. They also
+        show whether the loss is the plain cross-entropy of logits that the head alone makes.
         """
-        if self._ki_divides is None:
-            # With every label counted the loss is not 0 and not NaN; in eval mode no dropout differs.
-            zeros: dict[str, Any] = {
-                name: torch.zeros_like(inputs[name]) for name in ("labels", "shift_labels") if name in inputs
-            }
-            one, two = (torch.tensor(n, device=self.args.device) for n in (1.0, 2.0))
-            model.eval()
-            with torch.no_grad():
-                over_one = super().compute_loss(model, {**inputs, **zeros}, False, one)
-                over_two = super().compute_loss(model, {**inputs, **zeros}, False, two)
-            model.train()
-            self._ki_divides = bool(over_one != over_two)
-        return self._ki_divides
+        # With every label counted the loss is not 0 and not NaN; in eval mode no dropout differs.
+        zeros: dict[str, Any] = {
+            name: torch.zeros_like(inputs[name]) for name in ("labels", "shift_labels") if name in inputs
+        }
+        one, two = (torch.tensor(n, device=self.args.device) for n in (1.0, 2.0))
+        model.eval()
+        found: Reach | None = None
+        with torch.no_grad():
+            over_one: Any = super().compute_loss(model, {**inputs, **zeros}, False, one)
+            over_two = super().compute_loss(model, {**inputs, **zeros}, False, two)
+            divides = bool(over_one != over_two)
+            try:
+                self._ki_require_stock_loss()
+                unlabelled = self._ki_without_labels({**inputs, **zeros})
+                found = reach(self._ki_student(), model, unlabelled)
+                labels = aligned_labels({**inputs, **zeros}, self._ki_head).reshape(-1)
+                logits = model(**unlabelled).logits
+                reduction = "sum" if divides else "mean"
+                logits = logits.reshape(-1, logits.shape[-1]).float()
+                ce = torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
+                if abs(over_one / self._ki_loss_scale(one) - ce) > 0.01 * ce:
+                    found = None
+                    raise Unreachable("the student's own loss is not the plain cross-entropy")
+            except Unreachable as reason:
+                logger.warning("The loss is computed from whole logits: %s.", reason)
+        model.train()
+        return _Path(divides, found)
+
+    def _ki_require_stock_loss(self) -> None:
+        classes = type(self).__mro__
+        behind = classes[classes.index(KIMixin) + 1 :]
+        owner = next(cls for cls in behind if "compute_loss" in vars(cls))
+        reasons = {
+            f"{owner.__name__} computes a loss of its own": owner is not Trainer and not self.loss_is_plain,
+            "labels are smoothed": self.label_smoother is not None,
+            "the trainer was given a compute_loss_func": self.compute_loss_func is not None,
+            "the student is compiled": self.args.torch_compile,
+        }
+        for reason, present in reasons.items():
+            if present:
+                raise Unreachable(reason)
+
+    def _ki_without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch as a forward pass without a loss takes it."""
+        kept = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        if self._ki_head == "seq2seq" and "decoder_input_ids" not in kept:
+            student: Any = self._ki_student()
+            kept["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(inputs["labels"])
+        return kept
 
     def _ki_student(self) -> PreTrainedModel:
         """The student without the wrappers of accelerate and PEFT."""
         student = self.accelerator.unwrap_model(self.model)
         return student.get_base_model() if hasattr(student, "get_base_model") else student
 
-    def _ki_resolve_teacher(self, ki: KIConfig) -> Teacher:
+    def _ki_resolve_guide(self, ki: KIConfig) -> Guide:
         tokenizer = self.processing_class
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a multimodal processor, or None
             tokenizer = getattr(tokenizer, "tokenizer", None)
-        return resolve_teacher(ki, self._ki_student(), tokenizer, self.args.device)
+        return resolve_guide(ki, self._ki_student(), tokenizer, self._ki_head, self.args.device)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if self.ki is not None and self.ki.domain is not None and self.ki.domain not in columns:
+            columns.append(self.ki.domain)
 
     def _ki_refuse_split_students(self) -> None:
         parallelism = getattr(self.accelerator, "parallelism_config", None)
@@ -161,18 +239,13 @@ class KITrainer(KIMixin, Trainer):
     """The Hugging Face `Trainer` with a teacher: `KITrainer(model=..., args=..., ki=KIConfig(...), ...)`."""
 
 
-def _logits_of(outputs: Any) -> Tensor:
-    """The student's logits, [batch, length, V]."""
-    if not isinstance(outputs, dict) or outputs.get("logits") is None:
-        raise GrowError(
-            "Knowledge Inheritance",
-            "the student returned no logits beside its loss",
-            "return_dict=True and a loss that keeps the logits (no fused, chunked or Liger loss)",
-        )
-    if outputs.get("aux_loss") is not None:
-        raise GrowError(
-            "Knowledge Inheritance",
-            "the student adds an auxiliary loss (aux_loss), which the weight 1 - α would switch off",
-            "output_router_logits=False",
-        )
-    return outputs["logits"]
+class _Path(NamedTuple):
+    """How a step computes its loss.
+
+    Attributes:
+        divides: the loss is a sum over `num_items_in_batch`, not a mean over the micro-batch.
+        reach: the student's head; None: the loss needs whole logits.
+    """
+
+    divides: bool
+    reach: Reach | None

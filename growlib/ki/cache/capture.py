@@ -1,0 +1,227 @@
+"""Run a teacher over a dataset once, and keep what it says."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, send_to_device
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
+
+from growlib.errors import GrowError
+from growlib.ki.cache import hashes
+from growlib.ki.cache.examples import Example, draw_keys, examples_of
+from growlib.ki.cache.reader import TeacherCache, is_cache
+from growlib.ki.cache.records import Layout
+from growlib.ki.cache.shards import FORMAT, Header, read_header, shard_path, write_header, write_shard
+from growlib.ki.heads import IGNORE_INDEX, aligned_labels
+from growlib.ki.linear import CHUNK_BYTES
+from growlib.ki.targets import Targets
+from growlib.ki.teacher import Teacher, load_teacher, tokenizer_at
+
+Collator = Callable[[list[Any]], dict[str, Any]]
+
+
+def cache_teacher(
+    teacher: PreTrainedModel | str | os.PathLike[str],
+    dataset: Any,
+    path: str | os.PathLike[str],
+    *,
+    top_k: int = 16,
+    samples: int = 12,
+    temperature: float = 1.0,
+    seed: int = 0,
+    vocab: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data_collator: Collator = default_data_collator,
+    held_out: Any = None,
+    batch_size: int = 8,
+    shard_examples: int = 1024,
+    head: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> TeacherCache:
+    """Write what a teacher says about every example of a dataset, for `KIConfig(teacher=path)`.
+
+    A call that was interrupted, at any moment, goes on where it was, with any number of processes (`accelerate
+    launch`); the result has the same bytes. With the defaults a position takes 104 bytes (92 where the vocabulary has
+    at most 2^16 ids); `top_k=4, samples=6` takes 38.
+
+    Args:
+        teacher: as in `KIConfig`.
+        dataset: of examples as the Trainer takes them, with a length and an index; a masked language model's masks
+            must not change from one call to the next (`MaskedExamples`).
+        path: a folder, new or of an interrupted call.
+        top_k: exact tokens per position.
+        samples: draws per position from the rest; 0: none, and the rest is a bucket.
+        temperature: τ of the stored probabilities, at which alone they can be used.
+        seed: of the draws.
+        vocab: how many token ids, from 0, the student shares; None: the teacher's.
+        tokenizer: the one that made the tokens; None: the one beside the teacher's weights.
+        data_collator: makes a batch with labels of a list of examples.
+        held_out: a dataset on which the teacher's CE is measured, for `KIConfig(stop_at="auto")`.
+        batch_size: examples per forward pass.
+        shard_examples: examples per file; at most one file's work is lost.
+        head: "causal", "masked" or "seq2seq", for a teacher that is given by its folder; None: causal.
+        dtype: what the teacher is cast to.
+
+    Raises:
+        GrowError: the dataset has no length, the settings cannot be, or the folder holds another cache.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())  # the processes of accelerate or torchrun
+    for name, data in (("dataset", dataset), ("held_out", held_out)):
+        if data is not None and not (hasattr(data, "__len__") and hasattr(data, "__getitem__") and len(data)):
+            wrong = f"the {name} is a {type(data).__name__} without a length, an index or examples"
+            raise GrowError("cache_teacher", wrong, "a dataset that has them")
+    model: Any = teacher
+    if not isinstance(teacher, PreTrainedModel):
+        model = load_teacher(os.fspath(teacher), head or "causal", dtype)
+    if getattr(model, "hf_device_map", None) is None:
+        model.to(device=state.device, dtype=dtype)
+    tokenizer = tokenizer or tokenizer_at(model.name_or_path or "")
+    layout = Layout(vocab or model.config.get_text_config().vocab_size, top_k, samples, temperature)
+    source = Source(Teacher(model, layout.vocab), data_collator, batch_size, state.device)
+    header = Header(
+        format=FORMAT,
+        teacher=hashes.weights_hash(model),
+        tokenizer=None if tokenizer is None else hashes.tokenizer_hash(tokenizer),
+        head=source.head,
+        vocab=layout.vocab,
+        top_k=top_k,
+        samples=samples,
+        temperature=temperature,
+        seed=seed,
+        examples=len(dataset),
+        dataset=hashes.digests_hash(source.digest(dataset[number]) for number in hashes.spread(len(dataset))),
+        shard_examples=shard_examples,
+        batch_size=batch_size,
+        held_out_ce=None if held_out is None else source.mean_ce(held_out),
+    )
+    folder = Path(path)
+    if state.is_main_process:
+        _begin(folder, header)
+    state.wait_for_everyone()
+    _fill(folder, header, source, dataset, state)
+    return TeacherCache(folder)
+
+
+def _fill(folder: Path, header: Header, source: "Source", dataset: Any, state: PartialState) -> None:
+    """Write the shards that are missing, shared out among the processes."""
+    missing = [number for number in range(header.shards) if not shard_path(folder, number).exists()]
+    missing = broadcast_object_list([missing])[0]
+    mine = missing[state.process_index :: state.num_processes]
+    for number in tqdm(mine, desc="teacher", unit="shard", disable=not state.is_main_process, mininterval=1.0):
+        first = number * header.shard_examples
+        numbers = range(first, min(first + header.shard_examples, len(dataset)))
+        write_shard(shard_path(folder, number), header.key, source.rows(dataset, numbers, header.layout, header.seed))
+    state.wait_for_everyone()
+
+
+def _begin(folder: Path, header: Header) -> None:
+    """Write the header, or find the one of an interrupted call."""
+    asked = f"caching a teacher in {str(folder)!r}"
+    if is_cache(folder):
+        difference = read_header(folder).difference(header)
+        if difference:
+            raise GrowError(asked, f"a cache was begun there with something else: now {difference}", "a new folder")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise GrowError(asked, "something else stands there", "a new folder, or that of an interrupted call")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_header(folder, header)
+    for abandoned in folder.glob(".shard-*"):
+        abandoned.unlink(missing_ok=True)
+
+
+class Source:
+    """A teacher with what turns examples into batches."""
+
+    def __init__(self, teacher: Teacher, collator: Collator, batch_size: int, device: torch.device) -> None:
+        self.teacher, self.collator, self.batch_size, self.device = teacher, collator, batch_size, device
+        self.head = teacher.head
+        self.columns = {*teacher.names, "labels", "label", "label_ids", "shift_labels"}
+
+    def batch(self, examples: Sequence[Any]) -> dict[str, Any]:
+        """Collated, without the columns that a model does not take, as the Trainer drops them."""
+        kept = [{name: x for name, x in row.items() if name in self.columns} for row in examples]
+        batch = self.collator(kept)
+        if "labels" not in batch and "shift_labels" not in batch:
+            raise GrowError("cache_teacher", "the batches have no labels", "a dataset or data_collator that gives them")
+        return dict(batch)
+
+    def digest(self, example: Any) -> bytes:
+        (found,) = self.examples(self.batch([example]), 1)
+        return found.digest
+
+    def examples(self, batch: dict[str, Any], number: int) -> list[Example]:
+        found = examples_of(batch, self.head)
+        if len(found) != number:
+            wrong = f"the collator made {len(found)} examples of {number}"
+            raise GrowError(
+                "cache_teacher", wrong, "a collator that packs nothing: training may pack, the cache does not"
+            )
+        return found
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Any, torch.Tensor]:
+        """The teacher's logits at the counted positions, or what they are computed from, and their labels [N]."""
+        batch = send_to_device(batch, self.device)
+        labels = aligned_labels(batch, self.head).reshape(-1)
+        counted = labels != IGNORE_INDEX
+        source = self.teacher.source(batch)
+        return (source[counted] if isinstance(source, torch.Tensor) else source.rows(counted)), labels[counted]
+
+    def rows(self, dataset: Any, numbers: range, layout: Layout, seed: int) -> list[tuple[bytes, float, np.ndarray]]:
+        """(digest, teacher's summed CE, records) of each example."""
+        rows = []
+        for start in range(numbers.start, numbers.stop, self.batch_size):
+            chosen = range(start, min(start + self.batch_size, numbers.stop))
+            batch = self.batch([dataset[number] for number in chosen])
+            examples = self.examples(batch, len(chosen))
+            records, ce = self.records(batch, draw_keys(examples), layout, seed)
+            ends = np.cumsum([0, *(example.counted for example in examples)])
+            for example, low, high in zip(examples, ends, ends[1:], strict=False):
+                rows.append((example.digest, float(ce[low:high].sum()), records[low:high]))
+        return rows
+
+    @torch.no_grad()
+    def records(
+        self, batch: dict[str, Any], keys: torch.Tensor, layout: Layout, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Records [N, R] and the teacher's CE [N] of a batch, chunk by chunk of its positions."""
+        source, labels = self.forward(batch)
+        chunk = max(CHUNK_BYTES // (4 * layout.vocab), 16)
+        records, ce = [np.empty((0, layout.bytes_per_position), np.uint8)], [np.empty(0, np.float32)]
+        for start in range(0, len(labels), chunk):
+            part = slice(start, start + chunk)
+            logits = source[part] if isinstance(source, torch.Tensor) else source.rows(part).logits()
+            logits, tau = logits.float(), layout.temperature
+            if layout.samples:
+                of_part = keys[part].to(logits.device)
+                targets = Targets.sample(logits, layout.top_k, layout.samples, seed=seed, keys=of_part, temperature=tau)
+            else:
+                targets = Targets.top_k(logits, layout.top_k, temperature=tau)
+            records.append(layout.encode(targets))
+            ce.append(_ce(logits, labels[part]).cpu().numpy())
+        return np.concatenate(records), np.concatenate(ce)
+
+    @torch.no_grad()
+    def mean_ce(self, dataset: Any) -> float:
+        """The teacher's CE over a dataset's counted positions, nats."""
+        total, positions = 0.0, 0
+        for start in range(0, len(dataset), self.batch_size):
+            chosen = range(start, min(start + self.batch_size, len(dataset)))
+            source, labels = self.forward(self.batch([dataset[number] for number in chosen]))
+            logits = source if isinstance(source, torch.Tensor) else source.logits()
+            total += float(_ce(logits.float(), labels).sum())
+            positions += int((labels < logits.shape[1]).sum())
+        return total / max(positions, 1)
+
+
+def _ce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The CE at each position, [N]; 0 where the label is not among the teacher's token ids."""
+    vocab = logits.shape[1]
+    return F.cross_entropy(logits, labels.clamp(max=vocab - 1), reduction="none") * (labels < vocab)

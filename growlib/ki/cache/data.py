@@ -1,0 +1,98 @@
+"""Examples from files, for the command line and for the training that uses its cache."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from growlib.errors import GrowError
+from growlib.ki.heads import IGNORE_INDEX
+
+
+class Blocks(Dataset):
+    """Rows of token ids [E, L], each its own labels."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        ids = torch.from_numpy(np.asarray(self.ids[number], np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of examples of whatever lengths: `input_ids`, `labels` (-100 on padding), `attention_mask`, [B, L]."""
+
+    def column(name: str, padding: int) -> Tensor:
+        parts = [torch.as_tensor(row[name]) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)
+
+    mask = [torch.ones(len(row["input_ids"]), dtype=torch.int64) for row in rows]
+    return {
+        "input_ids": column("input_ids", 0),
+        "labels": column("labels", IGNORE_INDEX),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence(mask, batch_first=True),
+    }
+
+
+def read_examples(
+    path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None, length: int = 512
+) -> Any:
+    """A dataset of a file or folder, the same each time.
+
+    Args:
+        path: a .npy array of token ids [E, L]; a .jsonl file, an example per line, whose `labels` are its `input_ids`
+            where it has none; a file or folder of UTF-8 text, whose files are encoded in the order of their names,
+            joined with the end-of-text token and cut into blocks of `length`.
+        tokenizer: for text.
+
+    Raises:
+        GrowError: it is none of these, or holds nothing.
+    """
+    path = Path(path)
+    asked = f"reading examples from {str(path)!r}"
+    if not path.exists():
+        raise GrowError(asked, "there is no such file or folder", "a .npy or .jsonl file, or text")
+    if path.suffix == ".npy":
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or len(ids) == 0:
+            raise GrowError(asked, f"it is {ids.dtype} of shape {ids.shape}", "integer token ids [examples, length]")
+        return Blocks(ids)
+    if path.suffix == ".jsonl":
+        return _rows(asked, path)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise GrowError(asked, "text needs a tokenizer with an end-of-text token", "one beside the teacher; or .npy")
+    ids_N: list[int] = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise GrowError(asked, f"{file} is no UTF-8 text", "files of text alone") from error
+        ids_N += [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    if len(ids_N) < length:
+        raise GrowError(asked, f"its {len(ids_N)} tokens do not fill a block of {length}", "more text, shorter blocks")
+    return Blocks(np.array(ids_N[: len(ids_N) // length * length], np.int32).reshape(-1, length))
+
+
+def _rows(asked: str, path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append({"labels": row["input_ids"], **row})
+        except (ValueError, KeyError, TypeError) as error:
+            valid = 'lines such as {"input_ids": [5, 3, 8]}'
+            raise GrowError(asked, f"line {number} is no example ({error!r})", valid) from error
+    if not rows:
+        raise GrowError(asked, "it is empty", "an example per line")
+    return rows

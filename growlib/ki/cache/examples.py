@@ -1,0 +1,100 @@
+"""Which examples a batch holds: each is known by a digest of its tokens and labels, wherever it stands.
+
+Because the key is the content, the order of the data, the batch size, padding, packing with `position_ids`, the number
+of processes and the epoch may all change between caching and training; only the examples may not.
+
+Shapes: B batch, L length.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from growlib.errors import GrowError
+from growlib.ki.heads import IGNORE_INDEX, Head, aligned_labels
+
+DIGEST_BYTES = 16
+
+
+class Example(NamedTuple):
+    """An example of a batch.
+
+    Attributes:
+        digest: of its token ids and of the labels that its positions predict.
+        counted: number of its positions whose label counts, which are those that have targets.
+    """
+
+    digest: bytes
+    counted: int
+
+
+def examples_of(batch: dict[str, Any], head: Head) -> list[Example]:
+    """The examples of a batch, in the order in which their counted positions stand in it.
+
+    A row is an example without its padding (`attention_mask` 0), or several that are packed, each of which begins
+    where `position_ids` is 0.
+
+    Raises:
+        GrowError: there are no token ids, or labels that count on padding.
+    """
+    if "input_ids" not in batch:
+        raise GrowError("a cache of the teacher", "the batch holds no input_ids", "text as token ids, with labels")
+    ids, labels = _array(batch["input_ids"]), _array(aligned_labels(batch, head))
+    given = batch.get("attention_mask")
+    mask = np.ones(ids.shape, bool) if given is None or given.ndim != 2 else _array(given).astype(bool)
+    if head == "seq2seq":
+        decoder = batch.get("decoder_input_ids")
+        examples = list(_pairs(ids, mask, labels, None if decoder is None else _array(decoder)))
+    else:
+        positions = batch.get("position_ids")
+        examples = list(_segments(ids, mask, labels, None if positions is None else _array(positions)))
+    counted = int((labels != IGNORE_INDEX).sum())
+    if sum(example.counted for example in examples) != counted:
+        wrong = "a label counts that padding predicts (where attention_mask is 0)"
+        raise GrowError("a cache of the teacher", wrong, "padding on the right, and labels of -100 on padding")
+    return examples
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu", torch.int64).numpy()
+
+
+def _segments(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, positions: np.ndarray | None) -> Iterator[Example]:
+    for row in range(len(ids)):
+        real = mask[row]
+        tokens, of_row = ids[row][real], labels[row][real]
+        starts = [0]
+        if positions is not None:
+            at = positions[row if len(positions) > 1 else 0][real]
+            starts = sorted({0, *np.flatnonzero(at == 0).tolist()})
+        for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            yield _example(tokens[start:stop], of_row[start:stop])
+
+
+def _pairs(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, decoder: np.ndarray | None) -> Iterator[Example]:
+    for row in range(len(ids)):
+        length = int(np.flatnonzero(labels[row] != IGNORE_INDEX).max(initial=-1)) + 1
+        extra = () if decoder is None else (decoder[row][:length],)
+        yield _example(ids[row][mask[row]], labels[row][:length], *extra)
+
+
+def _example(tokens: np.ndarray, labels: np.ndarray, *more: np.ndarray) -> Example:
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in (tokens, labels, *more):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part.astype("<i4").data)
+    return Example(digest.digest(), int((labels != IGNORE_INDEX).sum()))
+
+
+def draw_keys(examples: list[Example]) -> Tensor:
+    """A number for each counted position of a batch, int64 [N], from its example and its place in it alone."""
+    keys = [
+        np.frombuffer(example.digest, "<i8", 1)
+        + np.arange(example.counted, dtype=np.int64) * np.int64(0x632BE59BD9B4E019)
+        for example in examples
+    ]
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *keys]))

@@ -1,0 +1,108 @@
+"""Targets from a cache: the teacher itself is never loaded."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from growlib.errors import GrowError
+from growlib.ki.cache.examples import DIGEST_BYTES, Example, examples_of
+from growlib.ki.cache.hashes import tokenizer_hash
+from growlib.ki.cache.shards import HEADER, Shard, read_header, shard_path
+from growlib.ki.targets import Targets
+
+
+def is_cache(path: Any) -> bool:
+    """Whether a folder holds a cache, finished or not."""
+    return isinstance(path, str | os.PathLike) and os.path.isfile(os.path.join(path, HEADER))
+
+
+class TeacherCache:
+    """A finished cache, its records memory-mapped.
+
+    Attributes:
+        header: what it is of.
+
+    Raises:
+        GrowError: it is unfinished, damaged or no cache.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.header = read_header(self.path)
+        self.shards = [Shard(shard_path(self.path, n), self.header) for n in range(self.header.shards)]
+        digests = np.concatenate([shard.digests for shard in self.shards])
+        self._order = np.lexsort(np.ascontiguousarray(digests).view("<u8").T)
+        self._digests = np.ascontiguousarray(digests[self._order]).view("<u8")
+        self._first = np.cumsum([0, *(len(shard.digests) for shard in self.shards)])
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return self.header.examples
+
+    @property
+    def positions(self) -> int:
+        """How many positions have targets."""
+        return sum(len(shard.records) for shard in self.shards)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return sum(shard.path.stat().st_size for shard in self.shards)
+
+    @property
+    def teacher_ce(self) -> float:
+        """The teacher's mean CE at τ = 1 over all cached positions, nats."""
+        return float(sum(shard.teacher_ce.sum(dtype=np.float64) for shard in self.shards)) / max(self.positions, 1)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Raise GrowError where a student's tokenizer is not the one that the cache was written with."""
+        if tokenizer is None or self.header.tokenizer is None:
+            return
+        if tokenizer_hash(tokenizer) != self.header.tokenizer:
+            raise GrowError(
+                f"learning from the teacher's cache {str(self.path)!r}",
+                "the student's tokenizer is another than the one that the cache was written with",
+                "the same tokenizer, or a cache written with this one",
+            )
+
+    def read(self, batch: dict[str, Any]) -> tuple[Targets, Tensor]:
+        """The targets at a batch's counted positions, in their order, and the teacher's summed CE there; on the CPU.
+
+        Raises:
+            GrowError: an example is not in the cache, or its bytes are damaged.
+        """
+        examples = examples_of(batch, self.header.head)
+        places = self.find(examples)
+        empty = np.empty((0, self.header.layout.bytes_per_position), np.uint8)
+        records = [empty, *(self.shards[shard].example(number) for shard, number in places)]
+        ce = sum(float(self.shards[shard].teacher_ce[number]) for shard, number in places)
+        return self.header.layout.decode(np.concatenate(records)), torch.tensor(ce)
+
+    def find(self, examples: list[Example]) -> list[tuple[int, int]]:
+        """(shard, number in it) of each example; those without a counted position are left out.
+
+        Raises:
+            GrowError: one is not there.
+        """
+        wanted = [example for example in examples if example.counted]
+        digests = np.frombuffer(b"".join(e.digest for e in wanted), "<u8").reshape(-1, DIGEST_BYTES // 8)
+        # lexsort's last key is the first to sort by
+        low, high = (np.searchsorted(self._digests[:, 1], digests[:, 1], side) for side in ("left", "right"))
+        places = []
+        for start, stop, digest in zip(low, high, digests, strict=True):
+            found = start + np.flatnonzero(self._digests[start:stop, 0] == digest[0])
+            if not len(found):
+                raise GrowError(
+                    f"learning from the teacher's cache {str(self.path)!r}",
+                    f"an example of this batch is not among its {len(self)}: its tokens, or the labels that count, "
+                    "are others (a longer or changed dataset, another cut, other masks or another tokenizer)",
+                    "the examples that were cached, in any order; or a cache of this dataset",
+                )
+            place = self._order[found[0]]
+            shard = int(np.searchsorted(self._first, place, "right")) - 1
+            places.append((shard, int(place - self._first[shard])))
+        return places

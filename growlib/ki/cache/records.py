@@ -1,0 +1,121 @@
+"""A position's targets as bytes of a fixed width, and back.
+
+    top_k    uint32 each      token id in the high bits, the log-probability in those that are left (14 at 2^18 ids)
+    samples  uint16 each      low bits of a draw's id
+             uint8 each       its high bits, where the vocabulary has more than 2^16 ids
+    tail     float16          log-probability of all but the top K
+    entropy  float16          where there are draws
+
+Shapes: N positions, R bytes of a record.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from growlib.errors import GrowError
+from growlib.ki.targets import Targets
+
+LOWEST = -24.0  # nats; a listed token's log-probability is stored in even steps from here to 0
+MAX_ID_BITS = 22  # 10 bits are left for the log-probability then: steps of 0.023
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a record holds.
+
+    Attributes:
+        vocab: how many token ids the teacher's distribution is over.
+        top_k: exact tokens per position.
+        samples: draws per position.
+        temperature: τ of the stored probabilities.
+    """
+
+    vocab: int
+    top_k: int
+    samples: int
+    temperature: float
+
+    def __post_init__(self) -> None:
+        asked = f"a cache of top_k={self.top_k}, samples={self.samples}, temperature={self.temperature}"
+        if not (0 <= self.top_k <= self.vocab and self.samples >= 0 and self.top_k + self.samples > 0):
+            raise GrowError(asked, f"the vocabulary has {self.vocab} ids", f"top_k in 0 to {self.vocab}, or draws")
+        if not 0 < self.temperature < math.inf:
+            raise GrowError(asked, "the temperature is not a positive number", "such as 1.0")
+        if self.id_bits > MAX_ID_BITS:
+            raise GrowError(asked, f"a vocabulary of {self.vocab} ids", f"at most {1 << MAX_ID_BITS} ids")
+
+    @property
+    def id_bits(self) -> int:
+        return max((self.vocab - 1).bit_length(), 1)
+
+    @property
+    def steps(self) -> int:
+        """Of a stored log-probability."""
+        return (1 << 32 - self.id_bits) - 1
+
+    @property
+    def widths(self) -> tuple[int, int, int, int, int]:
+        """Bytes of each part, in the order of the record."""
+        high = self.samples if self.id_bits > 16 else 0
+        return 4 * self.top_k, 2 * self.samples, high, 2, 2 * bool(self.samples)
+
+    @property
+    def bytes_per_position(self) -> int:
+        return sum(self.widths)
+
+    def encode(self, targets: Targets) -> np.ndarray:
+        """Records, uint8 [N, R]."""
+        assert targets.ids is not None
+        assert targets.tail is not None
+        ids = targets.ids.cpu().numpy()
+        drawn = ids[:, self.top_k :]
+        logprobs = targets.logprobs[:, : self.top_k].float().cpu().numpy()
+        level = np.rint(np.clip(logprobs / LOWEST, 0.0, 1.0) * self.steps).astype(np.uint32)
+        head = ids[:, : self.top_k].astype(np.uint32) << np.uint32(32 - self.id_bits) | level
+        parts = [head.astype("<u4"), drawn.astype("<u2")]
+        if self.id_bits > 16:
+            parts.append((drawn >> 16).astype("u1"))
+        parts.append(_half(targets.tail)[:, None])
+        if self.samples:
+            assert targets.entropy is not None
+            parts.append(_half(targets.entropy)[:, None])
+        raw = [
+            np.frombuffer(part.tobytes(), np.uint8).reshape(len(ids), part.itemsize * part.shape[1]) for part in parts
+        ]
+        return np.concatenate(raw, 1)
+
+    def decode(self, records: np.ndarray) -> Targets:
+        """Targets of N positions, from uint8 [N, R]."""
+        ends = np.cumsum(self.widths)
+        raw = [np.ascontiguousarray(part) for part in np.split(records, ends[:-1], axis=1)]
+        positions = len(records)
+        ids = np.empty((positions, self.top_k + self.samples), np.int64)
+        logprobs = np.empty((positions, self.top_k + self.samples), np.float32)
+        tail = raw[3].view("<f2")[:, 0].astype(np.float32)
+        head = raw[0].view("<u4")
+        np.right_shift(head, np.uint32(32 - self.id_bits), out=ids[:, : self.top_k], casting="unsafe")
+        np.multiply(head & np.uint32(self.steps), LOWEST / self.steps, out=logprobs[:, : self.top_k], casting="unsafe")
+        entropy = None
+        if self.samples:
+            ids[:, self.top_k :] = raw[1].view("<u2")
+            if self.id_bits > 16:
+                ids[:, self.top_k :] |= raw[2].astype(np.int64) << 16
+            logprobs[:, self.top_k :] = tail[:, None] - np.float32(math.log(self.samples))
+            entropy = torch.from_numpy(raw[4].view("<f2")[:, 0].astype(np.float32))
+        return Targets(
+            torch.from_numpy(logprobs),
+            self.vocab,
+            torch.from_numpy(ids),
+            torch.from_numpy(tail),
+            entropy,
+            "sampled" if self.samples else "bucket",
+            self.temperature,
+            self.samples,
+        )
+
+
+def _half(values: torch.Tensor) -> np.ndarray:
+    return values.float().cpu().numpy().astype("<f2")

@@ -1,0 +1,221 @@
+"""The files of a cache: a header and safetensors shards, each there as a whole or not at all.
+
+    header.json               what the targets are of, and how they are laid out
+    shard-00000.safetensors   digests [E, 16] uint8, starts [E + 1] int64, checksums [E] uint32,
+                              teacher_ce [E] float32 (the teacher's CE at τ = 1, summed), records [N, R] uint8
+
+Shapes: E examples of a shard, N their counted positions, R bytes of a record.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from growlib.errors import GrowError
+from growlib.ki.cache.examples import DIGEST_BYTES
+from growlib.ki.cache.records import Layout
+from growlib.ki.heads import Head
+
+FORMAT = 1
+HEADER = "header.json"
+INDEX = ("digests", "starts", "checksums", "teacher_ce")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What decides a cache's bytes.
+
+    Attributes:
+        format: of the files.
+        teacher: class and hash of the weights.
+        tokenizer: hash of the (token, id) pairs; None where no tokenizer was given.
+        head: "causal", "masked" or "seq2seq".
+        vocab, top_k, samples, temperature: see `Layout`.
+        seed: of the draws.
+        examples: their number, in `shards` files of `shard_examples`.
+        dataset: hash of up to 256 examples, evenly spread.
+        batch_size: of the teacher's forward passes.
+        held_out_ce: the teacher's mean CE on held-out text, where it was measured.
+    """
+
+    format: int
+    teacher: str
+    tokenizer: str | None
+    head: Head
+    vocab: int
+    top_k: int
+    samples: int
+    temperature: float
+    seed: int
+    examples: int
+    dataset: str
+    shard_examples: int
+    batch_size: int
+    held_out_ce: float | None
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.vocab, self.top_k, self.samples, self.temperature)
+
+    @property
+    def shards(self) -> int:
+        return -(-self.examples // self.shard_examples)
+
+    @property
+    def key(self) -> str:
+        """Stands in every shard, so that none of another cache is read."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def difference(self, other: "Header") -> str | None:
+        """What differs from another header, in words; None where nothing does."""
+        words = {
+            "format": "another format of the files",
+            "teacher": "another teacher (the hash of its weights differs)",
+            "tokenizer": "another tokenizer",
+            "examples": f"a dataset of {other.examples} examples and not of {self.examples}",
+            "dataset": "other examples, or the same in another order",
+        }
+        for field in dataclasses.fields(self):
+            mine, others = getattr(self, field.name), getattr(other, field.name)
+            if mine != others:
+                return words.get(field.name, f"{field.name} = {others!r} and not {mine!r}")
+        return None
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard stands."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its place, then rename it: it is never seen in part, even after a power cut."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_header(folder: Path, header: Header) -> None:
+    """Write header.json."""
+    text = json.dumps({**dataclasses.asdict(header), "key": header.key}, indent=1)
+    write_whole(folder / HEADER, text.encode() + b"\n")
+
+
+def read_header(folder: Path) -> Header:
+    """Read header.json.
+
+    Raises:
+        GrowError: it is not there, damaged, or of another format.
+    """
+    asked = f"reading the teacher's cache {str(folder)!r}"
+    valid = "a folder that growlib.cache_teacher wrote"
+    try:
+        fields = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GrowError(asked, f"its {HEADER} cannot be read ({error})", valid) from error
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise GrowError(asked, f"{HEADER} is not of format {FORMAT}", valid)
+    key = fields.pop("key", None)
+    try:
+        header = Header(**fields)
+    except TypeError as error:
+        raise GrowError(asked, f"{HEADER} is damaged ({error})", valid) from error
+    if header.key != key:
+        raise GrowError(asked, f"{HEADER} was changed: its own hash does not fit it", valid)
+    return header
+
+
+def write_shard(path: Path, key: str, rows: list[tuple[bytes, float, np.ndarray]]) -> None:
+    """Write a shard of (digest, teacher's summed CE, records [n, R]) per example."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    index: dict[str, np.ndarray] = {
+        "digests": np.frombuffer(b"".join(digest for digest, _, _ in rows), np.uint8).reshape(-1, DIGEST_BYTES),
+        "starts": np.cumsum([0, *(len(records) for _, _, records in rows)]).astype(np.int64),
+        "checksums": np.array([zlib.crc32(records.data) for _, _, records in rows], np.uint32),
+        "teacher_ce": np.array([ce for _, ce, _ in rows], np.float32),
+    }
+    records = np.concatenate([records for _, _, records in rows])
+    try:
+        # One entry: safetensors writes several in an order that changes from call to call.
+        save_file({**index, "records": records}, temporary, {"cache": f"{key} {_checksum(index)}"})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _checksum(index: dict[str, np.ndarray]) -> str:
+    value = 0
+    for name in INDEX:
+        value = zlib.crc32(np.ascontiguousarray(index[name]).data, value)
+    return f"{value:08x}"
+
+
+class Shard:
+    """A shard, its index in memory and its records mapped.
+
+    Raises:
+        GrowError: the file is missing, damaged, or of another cache.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path = path
+        asked = f"reading the teacher's cache {str(path.parent)!r}"
+        valid = "the same growlib.cache_teacher call again; it writes missing shards (delete a damaged one first)"
+        if not path.is_file():
+            raise GrowError(asked, f"{path.name} of {header.shards} shards is missing", valid)
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                index = {name: file.get_tensor(name) for name in INDEX}
+                shape = file.get_slice("records").get_shape()
+            self.records = _mapped(path, shape)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise GrowError(asked, f"{path.name} is damaged ({error})", valid) from error
+        key, _, checksum = metadata.get("cache", "").partition(" ")
+        if key != header.key:
+            raise GrowError(asked, f"{path.name} is of another cache", valid)
+        if checksum != _checksum(index) or shape[1] != header.layout.bytes_per_position:
+            raise GrowError(asked, f"{path.name} is damaged: its index does not fit its checksum", valid)
+        self.digests, self.starts, self.checksums, self.teacher_ce = (index[name] for name in INDEX)
+
+    def example(self, number: int) -> np.ndarray:
+        """The records of an example, [n, R].
+
+        Raises:
+            GrowError: they are not what was written.
+        """
+        records = self.records[self.starts[number] : self.starts[number + 1]]
+        if zlib.crc32(records.data) != self.checksums[number]:
+            raise GrowError(
+                f"reading example {number} of {self.path}",
+                "its bytes do not fit their checksum: the file was damaged after it was written",
+                "delete this shard and call growlib.cache_teacher again, which writes it anew",
+            )
+        return records
+
+
+def _mapped(path: Path, shape: list[int]) -> np.ndarray:
+    """The tensor `records` of a safetensors file (8 bytes of length, a JSON header, the data), without reading it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        place: dict[str, Any] = json.loads(file.read(length))["records"]
+    if 0 in shape:
+        return np.empty(shape, np.uint8)
+    return np.memmap(path, np.uint8, "r", 8 + length + place["data_offsets"][0], tuple(shape))

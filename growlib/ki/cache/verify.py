@@ -1,0 +1,112 @@
+"""Is a cache what it says: every byte, and on a sample the teacher itself."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, default_data_collator
+
+from growlib.errors import GrowError
+from growlib.ki.cache import hashes
+from growlib.ki.cache.capture import Collator, Source
+from growlib.ki.cache.examples import draw_keys
+from growlib.ki.cache.reader import TeacherCache
+from growlib.ki.loss import product
+from growlib.ki.targets import Targets
+from growlib.ki.teacher import Teacher, load_teacher
+
+
+@dataclass(frozen=True)
+class CacheVerification:
+    """What was found.
+
+    Attributes:
+        examples, positions: read, their checksums right.
+        bytes_per_position: of the records.
+        compared: positions of the sample that the teacher was run on again; 0 without a teacher and a dataset.
+        identical: the share of them whose record is the same byte for byte (another batch size rounds otherwise).
+        kl: mean KL(teacher ‖ cache) there, nats, over the listed tokens and the rest: what rounding cost.
+    """
+
+    examples: int
+    positions: int
+    bytes_per_position: int
+    compared: int = 0
+    identical: float = 1.0
+    kl: float = 0.0
+
+    @property
+    def sound(self) -> bool:
+        """Whether the stored probabilities are the teacher's."""
+        return self.kl < 1e-3
+
+    def __str__(self) -> str:
+        text = f"{self.examples:,} examples, {self.positions:,} positions of {self.bytes_per_position} bytes: whole"
+        if not self.compared:
+            return text
+        return (
+            f"{text}; {'the teacher' if self.sound else 'NOT the teacher'}: KL {self.kl:.1e} nats and "
+            f"{self.identical:.1%} identical records on {self.compared:,} positions"
+        )
+
+
+def verify_cache(
+    path: str | os.PathLike[str],
+    teacher: PreTrainedModel | str | os.PathLike[str] | None = None,
+    dataset: Any = None,
+    *,
+    data_collator: Collator = default_data_collator,
+    sample: int = 32,
+) -> CacheVerification:
+    """Read every record of a cache; with its teacher and dataset, run the teacher again on a sample and compare.
+
+    Args:
+        path: a finished cache.
+        sample: number of examples, evenly spread over the dataset.
+
+    Raises:
+        GrowError: a byte was damaged, or teacher or dataset are others than the cache's.
+    """
+    cache = TeacherCache(path)
+    for shard in cache.shards:
+        for number in range(len(shard.checksums)):
+            shard.example(number)
+    header = cache.header
+    found = CacheVerification(len(cache), cache.positions, header.layout.bytes_per_position)
+    if teacher is None:
+        return found
+    asked = f"verifying the teacher's cache {str(Path(path))!r}"
+    model = teacher if isinstance(teacher, PreTrainedModel) else load_teacher(os.fspath(teacher), header.head, None)
+    if hashes.weights_hash(model) != header.teacher:
+        raise GrowError(asked, "another teacher wrote it: the hash of its weights differs", "the teacher that wrote it")
+    if dataset is None:
+        return found
+    if len(dataset) != len(cache):
+        raise GrowError(asked, f"the dataset has {len(dataset)} examples and the cache {len(cache)}", "its dataset")
+    source = Source(Teacher(model, header.vocab), data_collator, header.batch_size, model.device)
+    same, divergences = [np.empty(0, bool)], [torch.zeros(0)]
+    for number in hashes.spread(len(dataset), sample):
+        batch = source.batch([dataset[number]])
+        examples = source.examples(batch, 1)
+        stored = np.concatenate([cache.shards[shard].example(place) for shard, place in cache.find(examples)])
+        again = source.records(batch, draw_keys(examples), header.layout, header.seed)[0]
+        same.append((stored == again).all(1))
+        logits = source.forward(batch)[0]
+        logits = (logits if isinstance(logits, torch.Tensor) else logits.logits()).float().cpu()
+        divergences.append(_kl(logits / header.temperature, header.layout.decode(stored), header.top_k))
+    identical, kl = np.concatenate(same), torch.cat(divergences)
+    return replace(found, compared=len(kl), identical=float(identical.mean()), kl=float(kl.mean()))
+
+
+def _kl(logits: torch.Tensor, kept: Targets, top_k: int) -> torch.Tensor:
+    """KL(teacher ‖ cache) over the listed tokens and the rest, [N]; the cache's side is as stored, not renormalised."""
+    assert kept.ids is not None
+    assert kept.tail is not None
+    ids, log_p = kept.ids[:, :top_k], logits.log_softmax(-1)
+    tail = log_p.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
+    online = torch.cat([log_p.gather(1, ids), tail], 1)
+    stored = torch.cat([kept.logprobs[:, :top_k], kept.tail[:, None]], 1)
+    return product(online.exp(), online - stored.log_softmax(-1)).sum(1)

@@ -1,0 +1,201 @@
+"""What guides a training step: an online teacher, a cache, several of them weighted, or one for each domain.
+
+Each guide answers the same question, what is known at the counted positions of a batch, with parts whose losses add up.
+
+Shapes: B batch, N counted positions of the batch, n of a part.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from growlib.errors import GrowError
+from growlib.ki.cache.reader import TeacherCache, is_cache
+from growlib.ki.config import KIConfig
+from growlib.ki.heads import IGNORE_INDEX, Head, aligned_labels
+from growlib.ki.projection import Projection
+from growlib.ki.targets import Blend, Source, Targets
+from growlib.ki.teacher import Teacher, resolve_teacher
+
+DOMAIN = "ki_domain"  # of each row of a batch, the number of its teacher, int64 [B]
+
+
+class Part(NamedTuple):
+    """What one teacher says.
+
+    Attributes:
+        rows: [n], which of the N positions; None: all.
+        source: targets at these positions, or what they are computed from.
+        teacher_ce: [2], the teacher's summed CE and over how many positions, where the source does not say.
+    """
+
+    rows: Tensor | None
+    source: Source
+    teacher_ce: Tensor | None
+
+
+class Guide(Protocol):
+    """Something to learn from."""
+
+    def parts(self, batch: dict[str, Any]) -> list[Part]:
+        """What is known at the positions of a batch whose label counts."""
+
+
+class Online:
+    """A teacher that runs beside the student."""
+
+    def __init__(self, teacher: Teacher, config: KIConfig) -> None:
+        self.teacher, self.config = teacher, config
+
+    def parts(self, batch: dict[str, Any]) -> list[Part]:
+        source, labels = self.whole(batch)
+        config = self.config
+        if config.top_k is not None:
+            tail, temperature = config.tail or "bucket", config.temperature
+            logits = source.logprobs if isinstance(source, Targets) else source
+            source = Targets.top_k(logits, config.top_k, tail=tail, temperature=temperature).to(labels.device)
+        return [Part(None, source, None)]
+
+    @torch.no_grad()
+    def whole(self, batch: dict[str, Any]) -> tuple[Targets | Projection, Tensor]:
+        """The whole distribution at the counted positions, and their labels [N]."""
+        labels = aligned_labels(batch, self.teacher.head).reshape(-1)
+        counted = labels != IGNORE_INDEX
+        found = self.teacher.source(batch)
+        if isinstance(found, Tensor):
+            return Targets.dense(found[counted.to(found.device)]).to(labels.device), labels[counted]
+        return found.rows(counted), labels[counted]
+
+
+class Cached:
+    """Targets that a teacher has left on disk."""
+
+    def __init__(self, cache: TeacherCache, config: KIConfig) -> None:
+        self.cache, self.config = cache, config
+
+    def parts(self, batch: dict[str, Any]) -> list[Part]:
+        targets, ce = self.cache.read(batch)
+        if self.config.tail is not None:
+            targets = targets.treated(self.config.tail)
+        device = batch["input_ids"].device
+        known = torch.stack([ce, torch.tensor(float(len(targets)))]).to(device)
+        return [Part(None, targets.to(device), known)]
+
+
+class Weighted:
+    """The average of several teachers' distributions."""
+
+    def __init__(self, guides: list[Guide], weights: tuple[float, ...]) -> None:
+        self.guides, self.weights = guides, weights
+
+    def parts(self, batch: dict[str, Any]) -> list[Part]:
+        (every,) = zip(*(guide.parts(batch) for guide in self.guides), strict=True)
+        return [Part(None, Blend(tuple(part.source for part in every), self.weights), None)]
+
+
+class ByDomain:
+    """One teacher per domain: it teaches the rows of its domain (arXiv 2105.13880, section 4.4)."""
+
+    def __init__(self, guides: list[Guide], head: Head) -> None:
+        self.guides, self.head = guides, head
+
+    def parts(self, batch: dict[str, Any]) -> list[Part]:
+        labels = aligned_labels(batch, self.head)
+        if DOMAIN not in batch or len(batch[DOMAIN]) != len(labels):
+            raise GrowError(
+                "KIConfig(domain=...)",
+                "the examples of this batch have no domain, or are packed into fewer rows",
+                "the column in every training example, one example per row",
+            )
+        domains = batch[DOMAIN]
+        of_position = domains[:, None].expand(labels.shape)[labels != IGNORE_INDEX]
+        parts = []
+        for number, guide in enumerate(self.guides):
+            rows = (domains == number).nonzero()[:, 0]
+            if len(rows) == 0:
+                continue
+            positions = (of_position == number).nonzero()[:, 0]
+            mine = {name: x[rows] if _per_row(x, len(domains)) else x for name, x in batch.items() if name != DOMAIN}
+            parts += [part._replace(rows=positions) for part in guide.parts(mine)]
+        return parts
+
+
+def _per_row(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
+
+
+def resolve_guide(
+    config: KIConfig,
+    student: PreTrainedModel,
+    student_tokenizer: PreTrainedTokenizerBase | None,
+    head: Head,
+    device: torch.device,
+) -> Guide:
+    """Load whatever `config.teacher` names, and check that it can teach the student.
+
+    Raises:
+        GrowError: as `resolve_teacher`; or a cache is of another tokenizer, temperature or kind of model.
+    """
+
+    def one(teacher: Any) -> Guide:
+        if is_cache(teacher):
+            return _cached(TeacherCache(teacher), config, student, student_tokenizer, head)
+        return Online(resolve_teacher(config, teacher, student, student_tokenizer, device), config)
+
+    if isinstance(config.teacher, Mapping):
+        return ByDomain([one(teacher) for teacher in config.teacher.values()], head)
+    if isinstance(config.teacher, tuple):
+        guides = [one(teacher) for teacher in config.teacher]
+        return Weighted(guides, config.weights or (1 / len(guides),) * len(guides))
+    return one(config.teacher)
+
+
+def _cached(cache: TeacherCache, config: KIConfig, student: PreTrainedModel, tokenizer: Any, head: Head) -> Cached:
+    asked = f"KIConfig(teacher={str(cache.path)!r}, temperature={config.temperature})"
+    header, vocab = cache.header, student.config.get_text_config().vocab_size
+    if header.head != head:
+        raise GrowError(asked, f"the cache is of a {header.head} language model, the student {head}", f"a {head} one")
+    if header.temperature != config.temperature:
+        raise GrowError(
+            asked,
+            f"the cache holds probabilities at temperature {header.temperature}, and {header.top_k} of them do not say "
+            "what the others weigh at another",
+            f"temperature={header.temperature}, or a cache written at {config.temperature}",
+        )
+    if header.vocab > vocab:
+        wrong = f"the cache is over {header.vocab} token ids and the student has {vocab}"
+        raise GrowError(asked, wrong, f"a cache written with vocab={vocab}")
+    if config.top_k is not None:
+        raise GrowError(asked, "top_k is of online teachers; the cache has its own", "no top_k")
+    cache.check_tokenizer(tokenizer)
+    return Cached(cache, config)
+
+
+class WithDomain:
+    """A collator that carries each example's domain past any other collator, as the number of its teacher.
+
+    Raises:
+        GrowError: an example's domain has no teacher.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]], column: str, domains: tuple[Any, ...]) -> None:
+        self.collator, self.column, self.domains = collator, column, domains
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        found = [feature.get(self.column) for feature in features]
+        rest = [{name: x for name, x in feature.items() if name != self.column} for feature in features]
+        batch = self.collator(rest)
+        if all(domain is None for domain in found):  # held-out examples need none
+            return batch
+        for domain in found:
+            if domain not in self.domains:
+                raise GrowError(
+                    f"an example with {self.column}={domain!r}",
+                    "no teacher is of this domain",
+                    ", ".join(map(repr, self.domains)),
+                )
+        batch[DOMAIN] = torch.tensor([self.domains.index(domain) for domain in found])
+        return batch

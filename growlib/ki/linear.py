@@ -1,0 +1,296 @@
+"""The KI loss from hidden states: CE and KL in one pass over the head, never an N x V tensor.
+
+With sparse targets at τ = 1 the two terms together are a linear cross-entropy with K + 1 weighted targets: the same
+three products with the head as CE alone.
+
+Shapes: N positions (n in a chunk), H hidden size, V tokens, K tokens that sparse targets list.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from growlib.errors import GrowError
+from growlib.ki.loss import KILoss, as_targets, listed_weights, product
+from growlib.ki.projection import Projection
+from growlib.ki.targets import Source, Targets, rows_of
+
+CHUNK_BYTES = 1 << 27  # of float32 logits at once
+
+
+def linear_ki_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    teacher: Tensor | Targets | Projection,
+    *,
+    alpha: float | Tensor,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    num_items: int | Tensor | None = None,
+    gate: bool = False,
+    chunk: int | None = None,
+    recompute: bool = False,
+) -> KILoss:
+    """`ki_loss` of the logits softcap(logit_scale (hidden weightᵀ + bias)), without these logits as a whole.
+
+    Args:
+        hidden: [..., H], the states that the head reads, aligned with `labels`.
+        weight: [V, H], a DTensor too.
+        teacher: logits [..., V_teacher] or Targets as in `ki_loss`, or a Projection of as many positions as there
+            are labels: the teacher's own hidden states and head, of whatever hidden size.
+        logit_scale, softcap: what the model does to its logits; see `Projection`.
+        chunk: positions at once; None: as many as `CHUNK_BYTES` of logits hold.
+        recompute: compute the gradients in the backward pass, with one more product with the head; False: in the
+            forward pass, where the head's gradient then waits in float32.
+        alpha, temperature, ignore_index, num_items, gate: as in `ki_loss`.
+
+    Returns:
+        KILoss(loss, ce, kd). Gradients flow from `loss`, to hidden, weight, bias and alpha; `ce` and `kd` are
+        detached.
+
+    Raises:
+        GrowError: as `ki_loss`.
+    """
+    labels = labels.reshape(-1)
+    counted = labels != ignore_index
+    labels_N = labels[counted]
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    if hidden.shape[0] != labels.numel():
+        asked = f"hidden states at {hidden.shape[0]} positions"
+        raise GrowError(asked, f"there are {labels.numel()} labels", "one label per position")
+    source = teacher.rows(counted) if isinstance(teacher, Projection) else as_targets(teacher, counted, temperature)
+    student = Projection(hidden[counted], weight, bias, logit_scale, softcap)
+    sums = linear_ki_sums(
+        student, labels_N, source, alpha, temperature=temperature, gate=gate, chunk=chunk, recompute=recompute
+    )
+    denominator = max(labels_N.numel(), 1) if num_items is None else num_items
+    return KILoss(*(total / denominator for total in sums[:3]))
+
+
+class KISums(NamedTuple):
+    """Sums over positions: `KILoss`, the teacher's own CE at τ = 1, and over how many positions that is known."""
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    teacher_ce: Tensor
+    known: Tensor
+
+
+def linear_ki_sums(
+    student: Projection,
+    labels: Tensor,
+    teacher: Source,
+    alpha: float | Tensor,
+    *,
+    temperature: float,
+    gate: bool = False,
+    chunk: int | None = None,
+    recompute: bool = False,
+) -> KISums:
+    """`linear_ki_loss` as sums over N positions that all count, labels [N]; see there.
+
+    Raises:
+        GrowError: as `ki_loss`.
+    """
+    student = student.gathered()
+    if isinstance(teacher, Projection):
+        teacher = teacher.gathered()
+    device = student.hidden.device.type
+    if torch.is_autocast_enabled(device):
+        student = student.cast(torch.get_autocast_dtype(device))
+    vocab = student.shape[1]
+    settings = _Settings(student.scale, student.softcap, temperature, gate, chunk or _chunk(vocab), recompute)
+    alpha = student.hidden.new_zeros((), dtype=torch.promote_types(student.hidden.dtype, torch.float32)) + alpha
+    with torch.autocast(device, enabled=False):
+        sums = _LinearKILoss.apply(student.hidden, student.weight, student.bias, alpha, labels, teacher, settings)
+    return KISums(*sums)
+
+
+def _chunk(vocab: int) -> int:
+    return max(CHUNK_BYTES // (4 * vocab), 16)
+
+
+class _Settings(NamedTuple):
+    scale: float
+    softcap: float | None
+    temperature: float
+    gate: bool
+    chunk: int
+    recompute: bool
+
+
+class _LinearKILoss(torch.autograd.Function):
+    """`KISums`, with the gradient of the first."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        alpha: Tensor,
+        labels: Tensor,
+        teacher: Source,
+        settings: _Settings,
+    ) -> tuple[Tensor, ...]:
+        head = Projection(hidden, weight, bias, settings.scale, settings.softcap)
+        now = ctx.needs_input_grad[:3] if not settings.recompute else (False, False, False)
+        sums, gradients = _run(head, alpha, labels, teacher, settings, now)
+        difference, *results = sums
+        ctx.recompute, ctx.settings, ctx.teacher = settings.recompute, settings, teacher
+        if settings.recompute:
+            ctx.save_for_backward(difference, hidden, weight, bias, alpha, labels)
+        else:
+            ctx.save_for_backward(difference, *gradients)
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        difference, *saved = ctx.saved_tensors
+        if ctx.recompute:
+            hidden, weight, bias, alpha, labels = saved
+            head = Projection(hidden, weight, bias, ctx.settings.scale, ctx.settings.softcap)
+            _, saved = _run(head, alpha, labels, ctx.teacher, ctx.settings, ctx.needs_input_grad[:3])
+        gradients = [None if gradient is None else gradient * upstream[0].to(gradient.dtype) for gradient in saved]
+        return (*gradients, difference * upstream[0], None, None, None)
+
+
+@torch.no_grad()
+def _run(
+    head: Projection,
+    alpha: Tensor,
+    labels: Tensor,
+    teacher: Source,
+    settings: _Settings,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The sums [d loss / d α, *KISums], and the gradients of (hidden, weight, bias) that are wanted."""
+    hidden, weight, bias = head.hidden, head.weight, head.bias
+    sums = alpha.new_zeros(6)
+    d_hidden = torch.empty_like(hidden) if wanted[0] else None
+    d_weight = torch.zeros_like(weight, dtype=alpha.dtype) if wanted[1] else None
+    d_bias = torch.zeros_like(bias, dtype=alpha.dtype) if wanted[2] and bias is not None else None
+    for start in range(0, len(labels), settings.chunk):
+        rows = slice(start, start + settings.chunk)
+        logits = head.rows(rows).logits()
+        slope = None if settings.softcap is None else 1 - (logits / settings.softcap).square()
+        targets = rows_of(teacher, rows, settings.temperature).over(logits.shape[1])
+        sums[4:] += teacher_ce(targets, labels[rows])
+        parts, gradient = _chunk_loss(logits, labels[rows], targets, alpha, settings.gate, any(wanted))
+        sums[:4] += parts
+        if gradient is None:
+            continue
+        if slope is not None:
+            gradient *= slope
+        if settings.scale != 1.0:
+            gradient *= settings.scale
+        if d_bias is not None:
+            d_bias += gradient.sum(0)
+        gradient = gradient.to(weight.dtype)
+        if d_hidden is not None:
+            torch.mm(gradient, weight, out=d_hidden[rows])
+        if d_weight is not None:
+            if d_weight.dtype == gradient.dtype:
+                d_weight.addmm_(gradient.T, hidden[rows])
+            else:
+                d_weight += gradient.T @ hidden[rows]
+    return sums, [d_hidden, None if d_weight is None else d_weight.to(weight.dtype), d_bias]
+
+
+def _chunk_loss(
+    logits: Tensor, labels: Tensor, targets: Targets, alpha: Tensor, gate: bool, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sums [d loss / d α, loss, ce, kd] of n positions, and d loss / d logits, [n, V], in the logits' own memory."""
+    labels = labels[:, None]
+    label_logits = logits.gather(1, labels)[:, 0]
+    together = targets.temperature == 1.0 and targets.vocab == logits.shape[1] and targets.ids is not None
+    scaled = logits if together else logits[:, : targets.vocab] / targets.temperature
+    kl = _kl(scaled, targets)
+    log_z = kl.log_z if together else logits.logsumexp(1)
+    ce, kd = log_z - label_logits, kl.value * targets.temperature**2
+    weight = alpha.expand_as(ce)
+    if gate:
+        weight = weight * (targets.label_logprobs(labels[:, 0]) > -ce)
+    difference = kd - ce
+    # A position without weight on one side keeps that side's NaN out, as `mix` does.
+    loss = torch.where(weight == 1, 0, (1 - weight) * ce) + torch.where(weight == 0, 0, weight * kd)
+    listened = difference.sum() if not gate else torch.where(weight == 0, 0, difference).sum()
+    sums = torch.stack([listened, loss.sum(), ce.sum(), kd.sum()])
+    if not with_gradient:
+        return sums, None
+    on_ce, on_kd = (1 - weight)[:, None], (weight * targets.temperature)[:, None]
+    if together:
+        assert targets.ids is not None
+        assert kl.at_ids is not None
+        gradient = logits.sub_(log_z[:, None]).exp_().mul_(on_ce + on_kd * kl.slope)
+        at_ids = on_kd * kl.at_ids
+        if kl.listed is not None:  # the listed tokens were taken out of the softmax
+            at_ids = at_ids + on_ce * kl.listed
+        gradient.scatter_add_(1, targets.ids, at_ids)
+    else:
+        gradient = logits.sub_(log_z[:, None]).exp_().mul_(on_ce)
+        gradient[:, : targets.vocab] += _kl_gradient(scaled, targets, kl) * on_kd
+    return sums, gradient.scatter_add_(1, labels, -on_ce)
+
+
+def teacher_ce(targets: Targets, labels: Tensor) -> Tensor:
+    """The teacher's CE at τ = 1 and the number of labels that its vocabulary holds, summed, [2]; 0 where sparse."""
+    if targets.ids is not None:
+        return labels.new_zeros(2, dtype=targets.logprobs.dtype)
+    logprobs = targets.at(1.0).label_logprobs(labels)
+    known = logprobs > -torch.inf
+    return torch.stack([-torch.where(known, logprobs, 0.0).sum(), known.sum().to(logprobs.dtype)])
+
+
+class _KL(NamedTuple):
+    """The KL of n positions, and its gradient in parts: slope · softmax + what is added at the listed ids.
+
+    Of a bucket the softmax is that of the tokens that are not listed, whose logits are all that is left.
+    """
+
+    value: Tensor  # [n], without τ²
+    log_z: Tensor  # [n], log Σ exp of the student's logits / τ
+    slope: Tensor  # [n, 1]
+    at_ids: Tensor | None  # [n, K]
+    listed: Tensor | None  # [n, K], the student's probabilities; of a bucket
+
+
+def _kl(logits: Tensor, targets: Targets) -> _KL:
+    """Changes the logits: those that a bucket lists become -inf."""
+    one = logits.new_ones((len(logits), 1))
+    if targets.ids is None:
+        log_z = logits.logsumexp(1)
+        entropy = product(targets.logprobs.exp(), targets.logprobs).sum(1)
+        return _KL(entropy - (product(targets.logprobs.exp(), logits).sum(1) - log_z), log_z, one, None, None)
+    log_w, constant = listed_weights(targets)
+    w = log_w.exp()
+    listed = logits.gather(1, targets.ids)
+    if targets.treatment != "bucket":
+        log_z = logits.logsumexp(1)
+        value = constant - (w * (listed - log_z[:, None])).sum(1)
+        return _KL(value, log_z, w.sum(1, keepdim=True), -w, None)
+    assert targets.tail is not None
+    tail = logits.scatter_(1, targets.ids, -torch.inf).logsumexp(1)
+    log_z = torch.logaddexp(tail, listed.logsumexp(1))
+    q = (listed - log_z[:, None]).exp()
+    t = targets.tail.exp()
+    value = constant - (w * (listed - log_z[:, None])).sum(1) - product(t, tail - log_z)
+    # p_j (1 - t / q_tail) = p_j - t p_j / q_tail for the tokens of the tail; no tail on the student's side: 0.
+    ratio = torch.where(tail == -torch.inf, 1.0, (targets.tail - (tail - log_z)).exp())
+    return _KL(value, log_z, (1 - ratio)[:, None], q - w, q)
+
+
+def _kl_gradient(logits: Tensor, targets: Targets, kl: _KL) -> Tensor:
+    """d KL / d (logits / τ), [n, targets.vocab], of the logits that `_kl` has read."""
+    gradient = (logits - kl.log_z[:, None]).exp()
+    if targets.ids is None:
+        return gradient.sub_(targets.logprobs.exp())
+    assert kl.at_ids is not None
+    return gradient.mul_(kl.slope).scatter_add_(1, targets.ids, kl.at_ids)

@@ -1,0 +1,410 @@
+"""A teacher's cache: its bytes, its files, what damages it, and training from it."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ki_tiny import MAKERS, VOCAB, CountForwards, arguments, bert, collate, examples, llama, parameters, train
+from test_ki_teacher import tokenizer
+from tqdm.auto import tqdm
+from transformers import DataCollatorWithFlattening
+
+from growlib import GrowError, KIConfig, KITrainer, cache_teacher
+from growlib.ki import MaskedExamples, Targets, TeacherCache, verify_cache
+from growlib.ki.cache.data import padded
+from growlib.ki.cache.examples import examples_of
+from growlib.ki.cache.records import Layout
+
+ROWS = examples(40)
+
+
+def write(folder, model=None, rows=ROWS, **options):
+    defaults = {"shard_examples": 16, "batch_size": 4, "data_collator": collate, "top_k": 8, "samples": 6}
+    return cache_teacher(model or llama(1, hidden=8), rows, folder, **{**defaults, **options})
+
+
+def bytes_of(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize(
+    ("vocab", "options", "size"),
+    [
+        (50_257, {"top_k": 16, "samples": 12}, 92),
+        (151_936, {"top_k": 16, "samples": 12}, 104),
+        (1 << 20, {"top_k": 16, "samples": 12}, 104),
+        (262_400, {"top_k": 4, "samples": 6}, 38),
+        (151_936, {"top_k": 50, "samples": 0}, 202),
+    ],
+)
+def test_a_record_has_the_promised_size(vocab, options, size):
+    assert Layout(vocab, temperature=1.0, **options).bytes_per_position == size
+
+
+@given(
+    vocab=st.sampled_from([3, 1000, 1 << 16, (1 << 16) + 1, (1 << 18) + 7, 1 << 22]),
+    top_k=st.integers(0, 3),
+    samples=st.integers(0, 4),
+    positions=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_records_keep_ids_exactly_and_probabilities_to_their_step(vocab, top_k, samples, positions, seed):
+    if top_k + samples == 0:
+        return
+    layout = Layout(vocab, top_k, samples, 1.0)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab, (positions, top_k + samples), generator=generator)
+    ids[:1] = vocab - 1
+    tail = -8 * torch.rand(positions, generator=generator)
+    logprobs = -24 * torch.rand(positions, top_k + samples, generator=generator)
+    logprobs[:, top_k:] = (tail - torch.tensor(float(max(samples, 1))).log())[:, None]
+    entropy = 11 * torch.rand(positions, generator=generator) if samples else None
+    targets = Targets(logprobs, vocab, ids, tail, entropy, "sampled" if samples else "bucket", 1.0, samples)
+    records = layout.encode(targets)
+    assert records.shape == (positions, layout.bytes_per_position)
+    back = layout.decode(records)
+    assert torch.equal(back.ids, ids)
+    step = 24 / layout.steps
+    torch.testing.assert_close(back.logprobs[:, :top_k], logprobs[:, :top_k], rtol=0, atol=0.51 * step + 4e-6)
+    torch.testing.assert_close(back.logprobs[:, top_k:], logprobs[:, top_k:], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(back.tail, tail, rtol=1e-3, atol=1e-6)
+    assert (back.treatment, back.draws, back.vocab) == (targets.treatment, samples, vocab)
+    if samples:
+        torch.testing.assert_close(back.entropy, entropy, rtol=1e-3, atol=1e-6)
+
+
+def test_more_than_22_bits_of_ids_are_refused():
+    with pytest.raises(GrowError, match="at most 4194304 ids"):
+        Layout((1 << 22) + 1, 4, 0, 1.0)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("samples", [0, 6])
+def test_the_cache_holds_what_the_teacher_says(tmp_path, name, samples):
+    teacher = MAKERS[name](1, hidden=8)
+    cache = write(tmp_path / "cache", teacher, samples=samples, temperature=2.0)
+    batch = collate([ROWS[i] for i in (7, 0, 31)])
+    targets, ce = cache.read(batch)
+    labels = batch["labels"] if name in {"bert", "t5"} else torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)
+    labels = labels[:, -10:].flatten() if name in {"bert", "t5"} else labels[:, 1:].flatten()
+    counted = labels != -100
+    with torch.no_grad():
+        logits = teacher(**batch).logits.flatten(0, 1)[counted]
+    online = Targets.top_k(logits, 8, temperature=2.0)
+    assert torch.equal(targets.ids[:, :8], online.ids)
+    torch.testing.assert_close(targets.logprobs[:, :8], online.logprobs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(targets.tail, online.tail, rtol=1e-3, atol=1e-4)
+    expected = torch.nn.functional.cross_entropy(logits, labels[counted], reduction="sum")
+    assert ce.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert verify_cache(tmp_path / "cache", teacher, ROWS, data_collator=collate).kl < 1e-6
+
+
+def test_order_batches_padding_and_packing_may_change(tmp_path):
+    """The same example has the same targets in whatever batch it stands."""
+    short = [{name: x[: 5 + i % 4] for name, x in row.items()} for i, row in enumerate(examples(12, ignored=False))]
+    cache = write(tmp_path / "cache", rows=short, data_collator=padded)
+    alone = [cache.read(padded([row]))[0] for row in short]
+    order = [7, 2, 11, 0]
+    together = cache.read(padded([short[i] for i in order]))[0]
+    expected = torch.cat([alone[i].ids for i in order])
+    assert torch.equal(together.ids, expected)
+    left = padded([short[i] for i in order])
+    mask = left["attention_mask"]
+    for name, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
+        rows = [row[keep.bool()] for row, keep in zip(left[name], mask, strict=True)]
+        left[name] = torch.stack([torch.nn.functional.pad(r, (mask.shape[1] - len(r), 0), value=fill) for r in rows])
+    with pytest.raises(GrowError, match="padding on the right"):
+        cache.read(left)  # the first token's label counts, and padding predicts it
+    left["labels"][mask.flip(1).cumsum(1) == 1] = -100
+    assert torch.equal(cache.read(left)[0].ids, expected)
+    packed = DataCollatorWithFlattening()([{"input_ids": short[i]["input_ids"].tolist()} for i in order])
+    assert packed["input_ids"].shape[0] == 1
+    assert torch.equal(cache.read(dict(packed))[0].ids, expected)
+
+
+def test_a_second_call_continues_and_a_finished_cache_is_left_alone(tmp_path):
+    folder = tmp_path / "cache"
+    write(folder)
+    before, times = bytes_of(folder), {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert sorted(before) == ["header.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
+    (folder / "shard-00001.safetensors").unlink()
+    (folder / ".shard-00001.safetensors-77").write_bytes(b"half")
+    with pytest.raises(GrowError, match=r"shard-00001.* is missing"):
+        TeacherCache(folder)
+    write(folder)
+    assert bytes_of(folder) == before
+    assert all(times[p] == p.stat().st_mtime_ns for p in times if p.name != "shard-00001.safetensors")
+
+
+def test_killed_twenty_times_it_ends_with_the_bytes_of_an_undisturbed_one(tmp_path):
+    rows = examples(96)
+    teacher = llama(1, hidden=8)
+    start = time.perf_counter()
+    write(tmp_path / "whole", teacher, rows, shard_examples=4, batch_size=2)
+    whole = time.perf_counter() - start
+    moments = random.Random(0)
+    killed = 0
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:  # no pytest in here: leave by os._exit alone, and take no lock with it
+            try:
+                tqdm.set_lock(threading.RLock())
+                write(tmp_path / "cache", teacher, rows, shard_examples=4, batch_size=2)
+            finally:
+                os._exit(0)
+        time.sleep(moments.uniform(0, whole / 6))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert killed >= 10
+    write(tmp_path / "cache", teacher, rows, shard_examples=4, batch_size=2)
+    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": lambda: llama(2, hidden=8)}, "another teacher"),
+        ({"rows": examples(41)}, "41 examples and not of 40"),
+        ({"rows": ROWS[::-1]}, "in another order"),
+        ({"tokenizer": tokenizer(VOCAB)}, "another tokenizer"),
+        ({"top_k": 4}, "top_k = 4 and not 8"),
+        ({"temperature": 2.0}, "temperature = 2.0"),
+        ({"seed": 1}, "seed = 1"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path, change, says):
+    write(tmp_path / "cache")
+    before = bytes_of(tmp_path / "cache")
+    options = {**change, **({"model": change["model"]()} if "model" in change else {})}
+    with pytest.raises(GrowError, match=says):
+        write(tmp_path / "cache", **options)
+    assert bytes_of(tmp_path / "cache") == before
+
+
+def test_any_flipped_byte_is_named(tmp_path):
+    """Of every file, at many places: opening or reading says which file; no target is ever silently wrong."""
+    whole = write(tmp_path / "cache")
+    batches = [collate(ROWS[i : i + 8]) for i in range(0, 40, 8)]
+    expected = [whole.read(batch)[0].logprobs for batch in batches]
+    places = random.Random(0)
+    refused = 0
+    for path in sorted((tmp_path / "cache").iterdir()):
+        size = path.stat().st_size
+        for place in [0, 8, *(places.randrange(size) for _ in range(12)), size - 1]:
+            damaged = tmp_path / "damaged"
+            shutil.copytree(tmp_path / "cache", damaged)
+            content = bytearray(path.read_bytes())
+            content[place] ^= 0x10
+            (damaged / path.name).write_bytes(content)
+            try:
+                cache = TeacherCache(damaged)
+                found = [cache.read(batch)[0].logprobs for batch in batches]
+            except GrowError as error:
+                refused += path.name in str(error)
+            else:  # spaces of a JSON header
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+                refused += 1
+            shutil.rmtree(damaged)
+    assert refused == 4 * 15
+
+
+def test_another_teacher_tokenizer_or_dataset_is_named_when_the_cache_is_used(tmp_path):
+    folder = tmp_path / "cache"
+    cache = write(folder, tokenizer=tokenizer(VOCAB))
+    with pytest.raises(GrowError, match="another teacher"):
+        verify_cache(folder, llama(2, hidden=8))
+    with pytest.raises(GrowError, match="41 examples and the cache 40"):
+        verify_cache(folder, llama(1, hidden=8), examples(41), data_collator=collate)
+    with pytest.raises(GrowError, match="tokenizer is another"):
+        KITrainer(
+            model=llama(0), args=arguments(tmp_path), ki=KIConfig(teacher=folder), processing_class=tokenizer(VOCAB - 1)
+        )
+    longer = collate(examples(48)[40:])
+    with pytest.raises(GrowError, match="a longer or changed dataset"):
+        cache.read(longer)
+    other_labels = collate(ROWS[:2])
+    other_labels["labels"][0, 7] = -100
+    with pytest.raises(GrowError, match="not among its 40"):
+        cache.read(other_labels)
+    shuffled = cache.read(collate(ROWS[::-1]))[0]  # known by content, a shuffled dataset has its targets
+    assert len(shuffled) == cache.positions
+
+
+@pytest.mark.parametrize(
+    ("student", "options", "says"),
+    [
+        (llama, {"temperature": 2.0}, "temperature 1.0"),
+        (bert, {}, "causal language model, the student masked"),
+        (lambda seed: llama(seed, vocab=VOCAB - 2), {}, f"vocab={VOCAB - 2}"),
+        (llama, {"top_k": 4}, "no top_k"),
+        (llama, {"tail": "bucket"}, "draws"),
+    ],
+)
+def test_a_cache_that_does_not_fit_the_student_is_refused(tmp_path, student, options, says):
+    write(tmp_path / "cache")
+    ki = KIConfig(teacher=tmp_path / "cache", **options)
+    with pytest.raises(GrowError, match=says):
+        train(tmp_path, student(0), ki, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rows": iter(ROWS)}, "without a length"),
+        ({"rows": []}, "without a length, an index or examples"),
+        ({"rows": [{"input_ids": row["input_ids"]} for row in ROWS]}, "no labels"),
+        ({"top_k": VOCAB + 1}, f"0 to {VOCAB}"),
+        ({"temperature": 0.0}, "positive"),
+        ({"top_k": 0, "samples": 0}, "or draws"),
+    ],
+)
+def test_what_cannot_be_cached_is_refused_before_anything_is_written(tmp_path, change, says):
+    with pytest.raises(GrowError, match=says):
+        write(tmp_path / "cache", **change)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(GrowError, match="something else stands there"):
+        write(tmp_path)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renorm_teacher"])
+def test_training_from_a_cache_is_training_with_the_online_top_k(tmp_path, tail):
+    """Shuffled, in other batches and two epochs; the teacher's folder is gone."""
+    teacher = llama(1, hidden=8)
+    write(tmp_path / "cache", teacher, samples=0)
+    forwards = CountForwards(teacher)
+    settings = {"schedule": "constant", "stop_at": None, "alpha": 0.5, "tail": tail}
+    options = {"max_steps": 10, "logging_strategy": "steps", "logging_steps": 5}
+    cached, online, plain = llama(0), llama(0), llama(0)
+    logs = [
+        train(tmp_path, model, KIConfig(teacher=source, **settings, **more), ROWS, **options).state.log_history
+        for model, source, more in ((cached, tmp_path / "cache", {}), (online, teacher, {"top_k": 8}))
+    ]
+    assert forwards.count == 10 + 2
+    train(tmp_path, plain, None, ROWS, **options)
+    moved = (parameters(online) - parameters(plain)).abs().max()
+    assert moved > 0.01
+    assert (parameters(cached) - parameters(online)).abs().max() < 1e-3 * moved
+    for name in ("loss", "ki/ce", "ki/kd"):
+        assert logs[0][0][name] == pytest.approx(logs[1][0][name], rel=1e-4)
+    with torch.no_grad():
+        exact = [teacher(**collate(ROWS)).loss.item()]
+    assert TeacherCache(tmp_path / "cache").teacher_ce == pytest.approx(exact[0], rel=1e-5)
+    assert 0.5 * exact[0] < logs[0][0]["ki/teacher_ce"] < 2 * exact[0]
+
+
+@pytest.mark.parametrize("source", ["cache", "online"])
+def test_packed_training_takes_the_step_of_padded_training(tmp_path, source):
+    """Examples of several lengths in one row, from a cache that was written without packing."""
+    rows = [{name: x[: 4 + i % 4].tolist() for name, x in row.items()} for i, row in enumerate(examples(8))]
+    teacher = llama(1, hidden=8)
+    write(tmp_path / "cache", teacher, rows, data_collator=padded)
+    ki = KIConfig(teacher=tmp_path / "cache" if source == "cache" else teacher, schedule="constant", stop_at=None)
+    steps = []
+    for collator in (padded, DataCollatorWithFlattening()):
+        student = llama(0)
+        trainer = KITrainer(model=student, args=arguments(tmp_path), train_dataset=rows, data_collator=collator, ki=ki)
+        trainer.train()
+        steps.append(parameters(student))
+    assert (steps[0] - parameters(llama(0))).abs().max() > 1e-3
+    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sampled_cache_teaches_towards_the_full_distribution(tmp_path):
+    teacher = llama(1, hidden=8)
+    write(tmp_path / "cache", teacher, top_k=4, samples=24)
+    settings = {"schedule": "constant", "stop_at": None, "alpha": 1.0}
+    students = [llama(0), llama(0)]
+    for student, source in zip(students, (tmp_path / "cache", teacher), strict=True):
+        train(tmp_path, student, KIConfig(teacher=source, **settings), ROWS, max_steps=5)
+    start = parameters(llama(0))
+    updates = [parameters(student) - start for student in students]
+    assert torch.nn.functional.cosine_similarity(*updates, dim=0) > 0.97
+
+
+def test_after_stop_at_the_cache_is_read_no_more(tmp_path, monkeypatch):
+    write(tmp_path / "cache")
+    reads = []
+    read = TeacherCache.read
+    monkeypatch.setattr(TeacherCache, "read", lambda self, batch: reads.append(1) or read(self, batch))
+    trainer = train(tmp_path, llama(0), KIConfig(teacher=tmp_path / "cache", stop_at=0.3), ROWS, max_steps=10)
+    assert len(reads) == 3
+    assert trainer._ki_guide is None
+
+
+def test_masks_come_from_seed_epoch_and_example(tmp_path):
+    plain = [{"input_ids": row["input_ids"]} for row in ROWS]
+    masked = MaskedExamples(plain, mask_token=0, vocab=VOCAB, masks=3, share=0.4, special=(1,))
+    seen = {}
+    for epoch in range(4):
+        masked.set_epoch(epoch)
+        seen[epoch] = torch.stack([masked[i]["input_ids"] for i in range(len(masked))])
+        labels = torch.stack([masked[i]["labels"] for i in range(len(masked))])
+        chosen = labels != -100
+        assert chosen.any(1).all()
+        assert 0.3 < chosen.float().mean() < 0.5
+        assert torch.equal(torch.where(chosen, labels, seen[epoch]), torch.stack([row["input_ids"] for row in plain]))
+        assert not (labels == 1).any()
+    assert torch.equal(seen[0], seen[3])
+    assert not torch.equal(seen[0], seen[1])
+    kinds = [(seen[0] == 0)[chosen].float().mean().item() for chosen in [seen[0] != collate(plain)["input_ids"]]]
+    assert 0.7 < kinds[0] <= 1.0
+    cache = write(tmp_path / "cache", bert(1, hidden=8), masked.all_masks())
+    assert len(cache) == 3 * len(plain)
+    student = bert(0)
+    trainer = train(
+        tmp_path, student, KIConfig(teacher=tmp_path / "cache", stop_at=1.0), masked, max_steps=20,
+        logging_strategy="steps", logging_steps=1,
+    )  # fmt: skip
+    assert sum("ki/kd" in log for log in trainer.state.log_history) == 20  # four epochs, every example was found
+
+
+def test_examples_without_a_counted_position_need_no_targets(tmp_path):
+    cache = write(tmp_path / "cache")
+    batch = collate(ROWS[:2])
+    batch["labels"][:] = -100
+    targets, ce = cache.read(batch)
+    assert (len(targets), ce.item()) == (0, 0.0)
+
+
+def test_labels_on_padding_are_refused():
+    batch = padded([{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}, {"input_ids": [3], "labels": [3]}])
+    batch["labels"][:] = 2
+    with pytest.raises(GrowError, match="-100 on padding"):
+        examples_of(batch, "masked")
+
+
+def test_the_command_line_writes_and_verifies(tmp_path, capsys):
+    from growlib.cli import main
+
+    teacher = llama(1, hidden=8)
+    teacher.save_pretrained(tmp_path / "teacher")
+    rows = [{"input_ids": row["input_ids"][: 4 + i % 5].tolist()} for i, row in enumerate(ROWS)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    folder = str(tmp_path / "cache")
+    common = [str(tmp_path / "teacher"), str(data)]
+    assert main(["cache", *common, folder, "--top-k", "8", "--samples", "4", "--held-out", str(data)]) == 0
+    assert "40 examples" in capsys.readouterr().out
+    assert main(["cache", "verify", folder, *common]) == 0
+    assert "the teacher: KL" in capsys.readouterr().out
+    assert main(["cache", "verify", folder]) == 0
+    header = TeacherCache(folder).header
+    assert header.held_out_ce == pytest.approx(TeacherCache(folder).teacher_ce, rel=1e-5)
+    for wrong in (["cache", *common], ["cache", "verify"], ["cache", "verify", str(tmp_path)]):
+        assert main(wrong) == 2
+    (tmp_path / "text.txt").write_text("word1 word2")
+    assert main(["cache", common[0], str(tmp_path / "text.txt"), str(tmp_path / "c2")]) == 2
+    assert "tokenizer" in capsys.readouterr().err

@@ -1,0 +1,324 @@
+"""Several teachers, teachers of domains, the gate, the switch-off by itself, and where the loss is computed."""
+
+import logging
+
+import pytest
+import torch
+from ki_tiny import (
+    MAKERS,
+    VOCAB,
+    arguments,
+    bert,
+    collate,
+    examples,
+    gpt2,
+    half,
+    llama,
+    parameters,
+    sgd_step,
+    shifted,
+    train,
+)
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
+
+from growlib import GrowError, KIConfig, KIMixin, KITrainer, cache_teacher
+from growlib.ki import Targets, ki_loss, mixture
+from growlib.ki.hidden import Unreachable, final_logits, reach
+
+CONSTANT = {"schedule": "constant", "stop_at": None, "alpha": 0.5}
+
+
+def special(config_class, model_class, seed=0, **fields):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = config_class(
+        vocab_size=VOCAB, intermediate_size=24, initializer_range=0.3, pad_token_id=0, **sizes, **fields
+    )
+    return model_class(config)
+
+
+SPECIAL = {
+    "cohere": lambda seed=0: special(CohereConfig, CohereForCausalLM, seed, logit_scale=0.25),
+    "granite": lambda seed=0: special(GraniteConfig, GraniteForCausalLM, seed, logits_scaling=3.0),
+    "gemma2": lambda seed=0: special(
+        Gemma2Config, Gemma2ForCausalLM, seed, final_logit_softcapping=1.5, head_dim=8, query_pre_attn_scalar=8
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*MAKERS, *SPECIAL])
+def test_the_loss_from_hidden_states_takes_the_step_of_whole_logits(tmp_path, name, caplog):
+    """Scaled, soft-capped, biased and shifted heads; the teacher's too."""
+    caplog.set_level(logging.WARNING, "growlib")  # the recipes make it quieter
+    make = MAKERS.get(name) or SPECIAL[name]
+    rows = examples(8)
+    stepped = {}
+    for linear in (True, False):
+
+        class Whole(KITrainer):
+            def _ki_require_stock_loss(self):
+                raise Unreachable("the test wants whole logits")
+
+        student = make(0)
+        options = {"logging_strategy": "steps", "logging_steps": 1, "learning_rate": 0.05}
+        trainer = train(tmp_path, student, half(make(1)), rows, KITrainer if linear else Whole, **options)
+        assert (trainer._ki_path.reach is not None) is linear
+        stepped[linear] = (parameters(student), trainer.state.log_history[0])
+    torch.testing.assert_close(stepped[True][0], stepped[False][0], rtol=1e-5, atol=1e-6)
+    assert (stepped[True][0] - parameters(make(0))).abs().max() > 1e-3
+    for value in ("loss", "ki/ce", "ki/kd", "ki/teacher_ce", "grad_norm"):
+        assert stepped[True][1][value] == pytest.approx(stepped[False][1][value], rel=1e-5)
+    assert [record.message for record in caplog.records if "whole logits" in record.message] == [
+        "The loss is computed from whole logits: the test wants whole logits."
+    ]
+
+
+def test_no_logits_are_computed_for_student_or_teacher(tmp_path):
+    student, teacher = llama(0), llama(1, hidden=8)
+    trainer = train(tmp_path, student, half(teacher), examples(8))
+    widths = []
+    for model in (student, teacher):
+        model.register_forward_hook(lambda _m, _a, outputs: widths.append(outputs.logits.shape[-1]))
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, collate(examples(4)), num_items_in_batch=torch.tensor(20.0))
+    assert widths == [1, 1]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_gradient_checkpointing_and_accumulation(tmp_path, micro_batches):
+    rows, expected, student = examples(8), llama(0), llama(0)
+    train(tmp_path, expected, half(llama(1, hidden=8)), rows)
+    options = {"per_device_train_batch_size": 8 // micro_batches, "gradient_accumulation_steps": micro_batches}
+    student.activation_checkpointing_enable()
+    train(tmp_path, student, half(llama(1, hidden=8)), rows, **options)
+    torch.testing.assert_close(parameters(student), parameters(expected), rtol=1e-5, atol=1e-6)
+
+
+class Adds(type(llama())):
+    """Changes its logits in a way that no config names."""
+
+    def forward(self, **inputs):
+        outputs = super().forward(**inputs)
+        outputs.logits = outputs.logits * 1.5
+        return outputs
+
+
+def test_a_head_that_cannot_be_proven_is_not_used():
+    batch = {"input_ids": examples(2)[0]["input_ids"][None]}
+    for model, reason in (
+        (Adds(llama().config), "does not name"),
+        (llama().model, "missing"),
+    ):
+        bare = model.eval()
+        bare.get_output_embeddings = getattr(bare, "get_output_embeddings", lambda: None)
+        with pytest.raises(Unreachable, match=reason):
+            reach(bare, bare, batch)
+    wrapped = llama()
+    wrapped.lm_head.forward = wrapped.lm_head.forward
+    with pytest.raises(Unreachable, match="offloaded or wrapped"):
+        reach(wrapped, wrapped, batch)
+    assert final_logits(SPECIAL["gemma2"]().config) == (1.0, 1.5)
+
+
+def test_a_fallback_is_said_once_and_taught_all_the_same(tmp_path, caplog):
+    student, rows = Adds(llama(0).config), examples(8)
+    start = parameters(student)
+    with caplog.at_level(logging.WARNING, "growlib"):
+        trainer = train(tmp_path, student, half(llama(1)), rows, max_steps=3, remove_unused_columns=False)
+    assert trainer._ki_path.reach is None
+    assert sum("whole logits" in record.message for record in caplog.records) == 1
+    assert (parameters(student) - start).abs().max() > 1e-3
+
+
+def test_weighted_teachers_teach_their_mean_distribution(tmp_path):
+    rows, student = examples(8), llama(0)
+    teachers = (llama(1, hidden=8), llama(2))
+    batch = collate(rows)
+    with torch.no_grad():
+        dense = [Targets.dense(teacher(**batch).logits.flatten(0, 1)) for teacher in teachers]
+    loss = ki_loss(student(**batch).logits, shifted(batch["labels"]), mixture(dense, (0.2, 0.8)), alpha=0.5).loss
+    gradients = torch.autograd.grad(loss, list(student.parameters()))
+    expected = parameters(student) - 0.1 * torch.cat([g.reshape(-1) for g in gradients])
+    train(tmp_path, student, KIConfig(teacher=teachers, weights=(0.2, 0.8), **CONSTANT), rows)
+    torch.testing.assert_close(parameters(student), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mixture_of_sampled_caches(tmp_path):
+    rows = examples(8)
+    folders = []
+    for seed in (1, 2):
+        folders.append(tmp_path / f"cache-{seed}")
+        cache_teacher(llama(seed, hidden=8), rows, folders[-1], top_k=8, samples=20, data_collator=collate)
+    mixed, online = llama(0), llama(0)
+    for student, teachers in ((mixed, folders), (online, [llama(seed, hidden=8) for seed in (1, 2)])):
+        train(tmp_path, student, KIConfig(teacher=tuple(teachers), schedule="constant", stop_at=None), rows)
+    updates = [parameters(student) - parameters(llama(0)) for student in (mixed, online)]
+    assert torch.nn.functional.cosine_similarity(*updates, dim=0) > 0.97
+
+
+def with_domains(rows):
+    return [{**row, "source": "code" if i % 3 else "prose"} for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_each_domain_has_its_teacher(tmp_path, cached):
+    """The step is that of each row's own teacher, whole logits, written by hand."""
+    rows = examples(8)
+    teachers = {"code": llama(1, hidden=8), "prose": llama(2)}
+    student, batch = llama(0), collate(rows)
+    with torch.no_grad():
+        logits = {name: teacher(**batch).logits for name, teacher in teachers.items()}
+    own = torch.stack([logits["code" if i % 3 else "prose"][i] for i in range(8)])
+    if cached:  # one from a cache, one online
+        cache_teacher(teachers["code"], rows, tmp_path / "c", top_k=VOCAB, samples=0, data_collator=collate)
+    loss = ki_loss(student(**batch).logits, shifted(batch["labels"]), own, alpha=0.5).loss
+    gradients = torch.autograd.grad(loss, list(student.parameters()))
+    expected = parameters(student) - 0.1 * torch.cat([g.reshape(-1) for g in gradients])
+    ki = KIConfig(teacher={**teachers, **({"code": tmp_path / "c"} if cached else {})}, domain="source", **CONSTANT)
+    options = {"remove_unused_columns": True, "logging_strategy": "steps", "logging_steps": 1}
+    trainer = train(tmp_path, student, ki, with_domains(rows), **options)
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if cached else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(parameters(student), expected, **tolerance)
+    of_labels = torch.nn.functional.cross_entropy(own.flatten(0, 1), shifted(batch["labels"]).flatten())
+    assert trainer.state.log_history[0]["ki/teacher_ce"] == pytest.approx(of_labels.item(), rel=1e-4)
+
+
+def test_a_domain_without_a_teacher_is_named(tmp_path):
+    ki = KIConfig(teacher={"code": llama(1)}, domain="source", **CONSTANT)
+    with pytest.raises(GrowError, match="source='prose'"):
+        train(tmp_path, llama(0), ki, with_domains(examples(8)), remove_unused_columns=True)
+
+
+def test_examples_without_a_domain_are_named(tmp_path):
+    ki = KIConfig(teacher={"code": llama(1)}, domain="source", **CONSTANT)
+    with pytest.raises(GrowError, match="have no domain"):
+        train(tmp_path, llama(0), ki, examples(8))
+
+
+@pytest.mark.parametrize("with_column", [True, False])
+def test_evaluation_is_not_disturbed_by_domains(tmp_path, with_column):
+    rows = with_domains(examples(8)) if with_column else examples(8)
+    trainer = KITrainer(
+        model=llama(0),
+        args=arguments(tmp_path, remove_unused_columns=True),
+        eval_dataset=rows,
+        data_collator=collate,
+        ki=KIConfig(teacher={"code": llama(1), "prose": llama(2)}, domain="source"),
+    )
+    with torch.no_grad():
+        plain = llama(0)(**collate(examples(8))).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain, rel=1e-6)
+
+
+def test_the_gate_in_training(tmp_path):
+    rows, teacher = examples(8), gpt2(1, hidden=8)
+    expected = sgd_step(gpt2(0), teacher, rows, shifted, alpha=0.5, gate=True)
+    ungated = sgd_step(gpt2(0), teacher, rows, shifted, alpha=0.5)
+    assert (expected - ungated).abs().max() > 1e-3
+    student = gpt2(0)
+    train(tmp_path, student, half(teacher, gate=True), rows)
+    step, by_hand = parameters(student) - parameters(gpt2(0)), expected - parameters(gpt2(0))
+    # GPT-2 declares no loss type: the Trainer's count of items scales the step.
+    torch.testing.assert_close(step / step.norm(), by_hand / by_hand.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gate_needs_a_loss_by_position(tmp_path):
+    with pytest.raises(GrowError, match="gate"):
+        train(tmp_path, llama(0), half(llama(1), gate=True), examples(8), label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize("source", ["online", "cache"])
+def test_auto_leaves_the_teacher_when_the_student_has_passed_it(tmp_path, source):
+    """A random teacher is passed soon; a resumed run remembers."""
+    rows, teacher = examples(16, ignored=False), llama(1, hidden=8)
+    held_out = examples(16, ignored=False)
+    if source == "cache":
+        cache_teacher(teacher, rows, tmp_path / "cache", data_collator=collate, held_out=held_out)
+    ki = KIConfig(teacher=tmp_path / "cache" if source == "cache" else teacher, stop_at="auto", alpha=0.5)
+    options = {
+        "max_steps": 12,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "trainer_options": {"eval_dataset": held_out},
+        "learning_rate": 0.5,
+    }
+    student = llama(0)
+    trainer = train(tmp_path, student, ki, rows, **options)
+    logs = trainer.state.log_history
+    with torch.no_grad():
+        teacher_loss = teacher(**collate(held_out)).loss.item()
+    stopped = [log["step"] for log in logs if "ki/stopped" in log]
+    assert len(stopped) == 1
+    assert 2 <= stopped[0] < 10
+    evaluated = {log["step"]: log["eval_loss"] for log in logs if "eval_loss" in log}
+    assert all((evaluated[step] <= teacher_loss) == (step == stopped[0]) for step in evaluated if step <= stopped[0])
+    known = next(log["ki/teacher_held_out"] for log in logs if "ki/teacher_held_out" in log)
+    assert known == pytest.approx(teacher_loss, rel=1e-4)
+    alphas = {log["step"]: log["ki/alpha"] for log in logs if "ki/alpha" in log}
+    assert all((alphas[step] > 0) == (step <= stopped[0]) for step in alphas)
+    resumed = llama(0)
+    again = train(tmp_path, resumed, ki, rows, resume=str(tmp_path / "checkpoint-10"), **options)
+    assert torch.equal(parameters(resumed), parameters(student))
+    assert [log["ki/alpha"] for log in again.state.log_history if log["step"] > 10 and "ki/alpha" in log] == [0.0, 0.0]
+
+
+def test_auto_needs_a_known_held_out_loss(tmp_path):
+    cache_teacher(llama(1), examples(8), tmp_path / "cache", data_collator=collate)
+    for teacher in (tmp_path / "cache", (llama(1), llama(2))):
+        with pytest.raises(GrowError, match="held-out loss is not known"):
+            KITrainer(model=llama(0), args=arguments(tmp_path), ki=KIConfig(teacher=teacher, stop_at="auto"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"teacher": ()},
+        {"teacher": ("a", 3)},
+        {"teacher": {"code": "a"}},
+        {"teacher": "a", "domain": "source"},
+        {"teacher": "a", "weights": (1.0,)},
+        {"teacher": ("a", "b"), "weights": (0.5, 0.6)},
+        {"teacher": ("a", "b"), "weights": (1.0,)},
+        {"teacher": "a", "top_k": 0},
+        {"teacher": "a", "tail": "ghost"},
+        {"teacher": "a", "stop_at": "later"},
+    ],
+)
+def test_bad_settings_are_refused(options):
+    with pytest.raises(GrowError):
+        KIConfig(**options)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renorm_teacher", "none"])
+def test_an_online_top_k_is_the_hand_written_step(tmp_path, tail):
+    rows, teacher, student = examples(8), bert(1, hidden=8), bert(0)
+    batch = collate(rows)
+    with torch.no_grad():
+        targets = Targets.top_k(teacher(**batch).logits.flatten(0, 1), 5, tail=tail)
+    loss = ki_loss(student(**batch).logits, batch["labels"], targets, alpha=0.5).loss
+    gradients = torch.autograd.grad(loss, list(student.parameters()))
+    expected = parameters(student) - 0.1 * torch.cat([g.reshape(-1) for g in gradients])
+    train(tmp_path, student, KIConfig(teacher=teacher, top_k=5, tail=tail, **CONSTANT), rows)
+    torch.testing.assert_close(parameters(student), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mixin_over_a_trainer_without_a_loss_of_its_own_is_as_fast(tmp_path):
+    class Plain(KITrainer.__mro__[2]):
+        """A user's subclass that leaves compute_loss alone."""
+
+    class Taught(KIMixin, Plain):
+        pass
+
+    trainer = train(tmp_path, llama(0), half(llama(1)), examples(8), trainer_class=Taught)
+    assert trainer._ki_path.reach is not None
