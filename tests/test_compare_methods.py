@@ -50,7 +50,7 @@ def test_methods_json_is_consistent(finished):
     lags = [entry["loss"]["lag"]["mean"] for entry in entries.values()]
     assert lags == sorted(lags)
     assert entries["lossless"]["growth"] == "exact"
-    assert entries["lossless+stack"]["growth"].startswith("not exact: stacking")
+    assert entries["lossless+stack"]["growth"].startswith("not exact: 1 -> 2 layers")
     # What LiGO spends on its map is spent before the first step of its training.
     starts = {name: entry["runs"]["0"]["curve"][0]["flops"] for name, entry in entries.items()}
     assert [name for name, spent in starts.items() if spent] == ["ligo"]
@@ -66,7 +66,7 @@ def test_the_report_has_every_method(finished):
     report = (finished / "methods.md").read_text()
     for name in ("scratch", "lossless", "lossless+stack", "ligo"):
         assert f"\n| {name} |" in report
-    assert "stacking" in report
+    assert "a copied layer acts again" in report
     assert (finished / "methods.png").read_bytes().startswith(b"\x89PNG")
 
 
