@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 from growlib import checkpoint
 from growlib.errors import GrowError
 from growlib.expand import expand, plan
-from growlib.families import families, family, infer
+from growlib.families import families, family
+from growlib.families.inference import heard
 from growlib.families.schema import layout_text
 from growlib.methods import methods
 from growlib.verify import verify
@@ -152,7 +153,7 @@ def _check(model_type: str) -> int:
     if model_type not in CONFIG_MAPPING:
         close = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=5) or ["llama"]
         raise GrowError(f"--check {model_type}", "transformers has no such model type", ", ".join(close))
-    table = infer(CONFIG_MAPPING[model_type]())
+    table = heard(CONFIG_MAPPING[model_type]())
     print(_table([("axis", "size", "meets"), *((n, a.size, a.meets or "never grows") for n, a in table.axes.items())]))
     print()
     print(_table([("tensor", "layout"), *((row, layout_text(layout)) for row, layout in table.tensors.items())]))
@@ -160,7 +161,10 @@ def _check(model_type: str) -> int:
     for stack in table.stacks:
         print(f"{stack.layers} blocks {stack.block}  without {', '.join(stack.writers)} they are the identity")
     print()
-    print(_table([("candidate", "verdict"), *((name, why or "exact") for name, why in table.candidates)]))
+    if table.candidates:
+        print(_table([("candidate", "verdict"), *((name, why or "exact") for name, why in table.candidates)]))
+    else:
+        print("a curated table: no candidates")
     print()
     print(_table([("growth", "verdict"), *((name, why or "exact") for name, why in (table.proven or {}).items())]))
     return 0

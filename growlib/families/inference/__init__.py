@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from growlib.families import families, family
 from growlib.families.inference import variants
 from growlib.families.inference.judge import followers, trial, verdicts
 from growlib.families.inference.label import draft
@@ -37,6 +38,14 @@ def cached(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None =
             else examine(model_class, small)
         )
     return _known[key]
+
+
+def heard(config: PreTrainedConfig) -> Family:
+    """A config's table with the judge's verdicts: the curated one of its type where there is one, else the inferred."""
+    if config.model_type not in families():
+        return cached(config)
+    table, model_class = family(config.model_type), class_of(config)
+    return replace(table, proven=verdicts(table, tiny_model(model_class, tiny_config(config, model_class))))
 
 
 def _from_disk(key: tuple[type[PreTrainedModel], str], small: PreTrainedConfig) -> Family:

@@ -10,7 +10,6 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -18,14 +17,12 @@ from types import FrameType
 
 import transformers
 from tqdm import tqdm
-from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from growlib.errors import GrowError
-from growlib.families import families, family, infer
-from growlib.families.inference import judge
-from growlib.families.inference.tiny import class_of, tiny_config, tiny_model
+from growlib.families import families
+from growlib.families.inference import heard
 from growlib.families.schema import Family
 
 PATIENCE = 120  # seconds per type
@@ -65,7 +62,7 @@ def judged(model_type: str) -> Family:
     signal.alarm(PATIENCE)
     try:
         config = CONFIG_MAPPING[model_type]()
-        return heard(config) if model_type in families() else infer(config)
+        return heard(config)
     except OutOfTime as error:
         raise GrowError(f"inferring {model_type}", f"it took more than {PATIENCE} s", "a table") from error
     except GrowError:
@@ -77,12 +74,6 @@ def judged(model_type: str) -> Family:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
-
-
-def heard(config: PreTrainedConfig) -> Family:
-    """A curated table with what the judge says of it."""
-    table, model_class = family(config.model_type), class_of(config)
-    return replace(table, proven=judge.verdicts(table, tiny_model(model_class, tiny_config(config, model_class))))
 
 
 def depth(table: Family) -> str:
