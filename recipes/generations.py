@@ -5,7 +5,8 @@
 
 G1 has the preset's initial sizes, G3 its target sizes, G2 those half way; all see the same tokens for the preset's
 steps (arXiv 2105.13880, section 4.2, whose result is that the chain beats both single teachers). Models that are done
-stay in OUT. Expected number: none is claimed; OUT/report.md says what came out.
+stay in OUT. Expected number: none is claimed; OUT/report.md says what came out, and
+docs/results/generations.md what one run gave.
 """
 
 import argparse
