@@ -19,7 +19,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import correlation, fmean, stdev
+from statistics import correlation, fmean
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,10 @@ from accelerate import PartialState
 
 import growlib
 import ki_plus_growth as recipe
+from base.command import guarded, say
 from base.comparison import Prepared, describe, prepare, run_arm
 from base.flops import flops_saved
-from base.report import as_markdown, as_text, draw_curves
+from base.report import as_markdown, as_text, draw_curves, mean_and_deviation, shown
 from base.setting import Setting
 from base.store import write_json, write_text
 from growlib import GrowError
@@ -102,7 +103,7 @@ def compare(prepared: Prepared) -> dict[str, Any]:
     runs: dict[str, dict[int, Any]] = {name: {} for name in (SCRATCH, *growths)}
     for seed in range(setting.seed, setting.seed + setting.compare.seeds):
         for name in runs:
-            recipe.say(f"Seed {seed}: {name}.")
+            say(f"Seed {seed}: {name}.")
             of_name = growths.get(name, prepared)
             of_seed = dataclasses.replace(of_name, setting=dataclasses.replace(of_name.setting, seed=seed))
             runs[name][seed] = run_arm(of_seed, SCRATCH if name == SCRATCH else "weights")
@@ -128,15 +129,11 @@ def summary(runs: Mapping[int, Any], scratch: Mapping[int, Any], lag: int) -> di
     saved = {seed: flops_saved({SCRATCH: scratch[seed], "this": run})["this"] for seed, run in runs.items()}
     reached = [share for share in saved.values() if share is not None]
     return {
-        "loss": {moment: _over_seeds(values) for moment, values in losses.items()},
-        "flops_saved": _over_seeds(reached) if len(reached) == len(saved) else None,
+        "loss": {moment: mean_and_deviation(values) for moment, values in losses.items()},
+        "flops_saved": mean_and_deviation(reached) if len(reached) == len(saved) else None,
         "flops_saved_by_seed": saved,
         "runs": dict(runs),
     }
-
-
-def _over_seeds(values: list[float]) -> dict[str, float | None]:
-    return {"mean": fmean(values), "deviation": stdev(values) if len(values) > 1 else None}
 
 
 def rank_correlation(summaries: Mapping[str, Any], moment: str) -> float | None:
@@ -152,19 +149,14 @@ def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The rows as text, the best after the lag first."""
     rows: list[tuple[str, ...]] = [HEADER]
     for name, entry in results["methods"].items():
-        losses = [_shown(entry["loss"][moment], "{:.3f}") for moment in MOMENTS]
+        losses = [shown(entry["loss"][moment], "{:.3f}") for moment in MOMENTS]
         growth = entry.get("growth", "").partition(":")[0]
-        saved = "never reached" if entry["flops_saved"] is None else _shown(entry["flops_saved"], "{:.0%}")
+        saved = "never reached" if entry["flops_saved"] is None else shown(entry["flops_saved"], "{:.0%}")
         missed = sum(share is None for share in entry["flops_saved_by_seed"].values())
         if 0 < missed < len(entry["runs"]):
             saved = f"not reached with {missed} of {len(entry['runs'])} seeds"
         rows.append((name, *losses, "" if name == SCRATCH else saved, growth))
     return rows
-
-
-def _shown(value: Mapping[str, float | None], form: str) -> str:
-    spread = value["deviation"]
-    return form.format(value["mean"]) + ("" if spread is None else " ± " + form.format(spread))
 
 
 def remarks(results: Mapping[str, Any]) -> list[str]:
@@ -228,20 +220,20 @@ def run(options: argparse.Namespace) -> None:
     folder = options.out or Path("runs") / Path(setting.preset).stem
     if folder.exists() and not folder.is_dir():
         raise GrowError(f"--out {folder}", "it is a file", "a folder, or a path where nothing stands")
-    recipe.say(f"Preset {setting.preset}; results go to {folder}.")
+    say(f"Preset {setting.preset}; results go to {folder}.")
     results = compare(prepare(setting, folder, options.small, target))
     if PartialState().is_main_process:
         write(folder, results)
-    recipe.say("\n" + as_text(table(results)) + "\n")
+    say("\n" + as_text(table(results)) + "\n")
     for remark in remarks(results):
-        recipe.say(f"- {remark}")
-    recipe.say(f"\nWritten: {folder}/methods.json, methods.png, methods.md.")
+        say(f"- {remark}")
+    say(f"\nWritten: {folder}/methods.json, methods.png, methods.md.")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipe; the exit code."""
     options = parse(arguments)
-    return recipe.guarded(lambda: run(options))
+    return guarded(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Which sparse targets point where the whole distribution points? Angles of the head's gradient, on a real small model.
 
-    python recipes/estimators.py                        # 2 CPU cores: the demo preset's models, minutes
+    python recipes/estimators.py --seeds 3              # 2 CPU cores: the demo preset's models, a minute a seed
     python recipes/estimators.py --preset miniature     # seconds, for CI; its numbers mean nothing
 
 The preset's small model is trained as the teacher, its target for a tenth of the steps as the student. The gradient of
 the KL with respect to the student's head, over so many held-out positions, is compared with that of the whole
 distribution. Bytes are those of a cache's record. Expected: draws beat a top-K of no fewer bytes, the more so the more
-positions; OUT/report.md says what came out.
+positions: the table of docs/ki-cache.md.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,10 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import ki_plus_growth as recipe
-from base import text
+from base import study, text
 from base.knowledge import Lab
-from base.setting import load_preset
+from base.setting import Setting
 from growlib.ki import Targets, linear_ki_loss
 from growlib.ki.cache.records import Layout
 
@@ -55,10 +53,8 @@ def angle(one: Tensor, other: Tensor) -> float:
     return float(torch.rad2deg(torch.arccos(cosine.clamp(-1, 1))))
 
 
-def run(options: argparse.Namespace) -> None:
-    """Train both models, compare, report."""
-    setting = load_preset(options.preset)
-    folder = options.out or Path("runs") / f"estimators-{Path(options.preset).stem}"
+def angles(setting: Setting, folder: Path) -> study.Rows:
+    """Of each kind of targets, over more and more positions."""
     corpus = text.prepare(setting.text, None, folder)
     lab = Lab(setting, folder, corpus.tokenizer, {"text": corpus.held_out})
     blocks = {"text": corpus.train}
@@ -72,28 +68,22 @@ def run(options: argparse.Namespace) -> None:
     logits = states(teacher, held_out) @ teacher.get_output_embeddings().weight.detach().T
     hidden, weight = states(student, held_out), student.get_output_embeddings().weight
     counts = [count for count in (1024, 4096, 16384) if count <= len(hidden)]
-    rows: list[tuple[str, ...]] = [("targets", "bytes", *(f"angle at {count}" for count in counts))]
-    results = {}
     full = {count: gradient(hidden[:count], weight, Targets.dense(logits[:count])) for count in counts}
+    rows: dict[str, dict[str, float]] = {}
     for name, (top_k, samples, tail) in ESTIMATORS.items():
         if samples:
             targets = Targets.sample(logits, top_k, samples, seed=setting.seed)
         else:
             targets = Targets.top_k(logits, top_k, tail=tail)
-        angles = [angle(gradient(hidden[:count], weight, targets[:count]), full[count]) for count in counts]
-        size = Layout(logits.shape[1], top_k, samples, 1.0).bytes_per_position
-        rows.append((name, str(size), *(f"{value:.1f}°" for value in angles)))
-        results[name] = {"bytes": size, "angles": dict(zip(map(str, counts), angles, strict=True))}
-    lab.report("Angles to the gradient of the whole distribution", rows, results)
+        rows[name] = {"bytes": Layout(logits.shape[1], top_k, samples, 1.0).bytes_per_position}
+        for count in counts:
+            rows[name][f"{count}"] = angle(gradient(hidden[:count], weight, targets[:count]), full[count])
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipe; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="demo")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(arguments)
-    return recipe.guarded(lambda: run(options))
+    return study.main(__doc__, "Estimators", angles, arguments)
 
 
 if __name__ == "__main__":

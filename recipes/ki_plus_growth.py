@@ -19,24 +19,19 @@ uses them. Expected result: the demo's table in README.md. Learning rates: docs/
 import argparse
 import dataclasses
 import json
-import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from accelerate import PartialState
 
+from base.command import guarded, say
 from base.comparison import ARMS, Prepared, Target, describe, finished, prepare, run_arm
 from base.models import MODELS, model_row
 from base.report import as_text, remarks, results_of, table, write_report
 from base.setting import Setting, load_preset, presets
 from base.store import read_json
 from growlib import GrowError, methods
-
-STOPPED = 130  # what a shell expects of a program that Ctrl-C ended
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -129,12 +124,6 @@ def compare(prepared: Prepared, arms: list[str]) -> dict[str, Any]:
     return results_of(describe(prepared), {name: result for name, result in found.items() if result})
 
 
-def say(line: str) -> None:
-    """Print once, however many processes there are."""
-    if PartialState().is_main_process:
-        print(line, flush=True)
-
-
 def run(options: argparse.Namespace) -> None:
     """Prepare, compare, report."""
     setting, arms, target = setting_of(options), arms_of(options.arms), target_of(options.target)
@@ -159,24 +148,6 @@ def run(options: argparse.Namespace) -> None:
     for remark in remarks(results):
         say(f"- {remark}")
     say(f"\nWritten: {folder}/results.json, curves.png, report.md.")
-
-
-def guarded(work: Callable[[], None]) -> int:
-    """Do the work; the exit code. What the user can mend is said in one line."""
-    logging.getLogger("growlib").setLevel(logging.ERROR)  # an inexact growth stands in the report
-    transformers.utils.logging.disable_progress_bar()  # of loading and saving; the long parts have their own
-    processes = PartialState(cpu=not torch.accelerator.is_available())  # those that torchrun or accelerate started
-    try:
-        work()
-        processes.wait_for_everyone()  # one that leaves while another still talks to it is aborted
-        processes.destroy_process_group()
-    except GrowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it was: finished arms are kept.", file=sys.stderr)
-        return STOPPED
-    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 import ki_plus_growth as recipe
+from base.command import guarded, say
 from base.comparison import ARMS, prepare, run_arm
 from base.flops import flops_saved
 from base.report import as_markdown
@@ -81,9 +82,9 @@ def sweep(options: argparse.Namespace) -> None:
                 setting = dataclasses.replace(prepared.setting, learning_rate=dict.fromkeys(ARMS, rate))
                 runs[arm, rate, seed] = run_arm(dataclasses.replace(prepared, setting=setting), arm)
     table = as_markdown(rows_of(dict(sorted(runs.items(), key=lambda item: list(ARMS).index(item[0][0])))))
-    recipe.say("\n" + table)
+    say("\n" + table)
     write_text(options.out / "sweep.md", table + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(recipe.guarded(lambda: sweep(parse(None))))
+    sys.exit(guarded(lambda: sweep(parse(None))))

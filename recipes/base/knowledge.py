@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import growlib
 from base import store, text
 from base.models import build_config, model_row
-from base.report import as_markdown
-from base.setting import Setting, Sizes
+from base.setting import Setting, Sizes, Training
 from base.training import evaluate, train
 from growlib import KIConfig
 
@@ -83,44 +82,52 @@ class Lab:
         *,
         steps: int | None = None,
         learning_rate: float | None = None,
-        seed: int | None = None,
+        evaluations: int = 1,
+        **knowledge: Any,
     ) -> Learned:
         """Train a new model of some sizes, or one that is there, or take what an earlier run left.
 
         Args:
             blocks: training blocks by domain, shuffled together.
-            teacher: a model, or one for each domain.
-            steps, learning_rate, seed: other than the setting's.
+            teacher: a model or a cache, or one for each domain.
+            steps, learning_rate: other than the setting's.
+            evaluations: after the start, evenly spread; the last is at the end.
+            knowledge: fields of `KIConfig`, other than the setting's.
         """
         setting = self.setting
-        steps, seed = steps or setting.training.steps, setting.seed if seed is None else seed
+        training = dataclasses.replace(setting.training, steps=steps or setting.training.steps, evaluations=evaluations)
         rate = learning_rate or setting.learning_rate["knowledge" if teacher else "scratch"]
-        origin = dataclasses.asdict(start) if isinstance(start, Sizes) else start.name
-        taught: Any = {k: p.name for k, p in teacher.items()} if isinstance(teacher, Mapping) else teacher
-        decided = [origin, {k: text_key(rows) for k, rows in blocks.items()}, steps, rate, seed]
-        recipe = [dataclasses.asdict(setting.training), dataclasses.asdict(setting.knowledge)]
-        key = store.key_of(decided, getattr(taught, "name", taught), recipe)
+        taught = {**dataclasses.asdict(setting.knowledge), **knowledge} if teacher else None
+        key = store.key_of(
+            dataclasses.asdict(start) if isinstance(start, Sizes) else start.name,
+            {domain: text_key(rows) for domain, rows in blocks.items()},
+            {domain: path.name for domain, path in teacher.items()} if isinstance(teacher, Mapping) else str(teacher),
+            [dataclasses.asdict(training), rate, setting.seed, taught],
+        )
         path = self.folder / "models" / f"{name}-{key}"
         if not path.exists():
-            self._train(path, name, start, blocks, teacher, steps, rate, seed)
+            column = DOMAIN if isinstance(teacher, Mapping) else None
+            ki = KIConfig(teacher=teacher, domain=column, **taught) if teacher and taught else None
+            self._train(path, name, start, blocks, training, rate, ki)
         facts = store.read_json(path / "facts.json")
         return Learned(path, facts["losses"], facts["seconds"])
 
+    def cached(self, teacher: Learned, blocks: Mapping[str, np.ndarray], *, top_k: int, samples: int) -> Path:
+        """A teacher's targets on the text that a training of the setting's steps sees."""
+        seed, number = self.setting.seed, self.setting.training.steps * self.setting.training.batch_size
+        seen = OfDomains(blocks, number, seed)
+        path = self.folder / "caches" / f"{teacher.path.name}-{top_k}-{samples}"
+        return growlib.cache_teacher(teacher.path, seen, path, top_k=top_k, samples=samples, batch_size=32).path
+
     def _train(
-        self, path: Path, name: str, start: Any, blocks: Any, teacher: Any, steps: int, rate: float, seed: int
+        self, path: Path, name: str, start: Any, blocks: Any, training: Training, rate: float, ki: KIConfig | None
     ) -> None:
-        setting = self.setting
-        training = dataclasses.replace(setting.training, steps=steps, evaluations=1)
+        seed = self.setting.seed
         if isinstance(start, Sizes):
             model = self.new_model(start, seed)
         else:
             model = AutoModelForCausalLM.from_pretrained(start).train()
-        ki = None
-        if teacher is not None:
-            column = DOMAIN if isinstance(teacher, Mapping) else None
-            ki = KIConfig(teacher=teacher, domain=column, **dataclasses.asdict(setting.knowledge))
-        number = steps * training.batch_size
-        ordered: Any = OfDomains(blocks, number, seed)
+        ordered: Any = OfDomains(blocks, training.steps * training.batch_size, seed)
         domain, rows = next(iter(self.held_out.items()))
         held_out = text.Ordered(rows, len(rows), 0, None)
         run = train(name, model, ordered, held_out, self.tokenizer, training, learning_rate=rate, seed=seed, ki=ki)
@@ -136,16 +143,6 @@ class Lab:
         if PartialState().is_main_process:
             store.write_folder(path, fill)
         PartialState().wait_for_everyone()
-
-    def report(self, title: str, rows: list[tuple[str, ...]], results: Any) -> None:
-        """Write OUT/results.json and OUT/report.md, and print the table."""
-        if not PartialState().is_main_process:
-            return
-        table = as_markdown(rows)
-        setting = {**dataclasses.asdict(self.setting), "torch": torch.__version__}
-        store.write_json(self.folder / "results.json", {"setting": setting, "results": results})
-        store.write_text(self.folder / "report.md", f"# {title}\n\n{table}\n")
-        print("\n" + table)
 
 
 def between(one: Sizes, other: Sizes) -> Sizes:

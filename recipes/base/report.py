@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from base.flops import flops_saved
@@ -66,6 +67,17 @@ def as_markdown(rows: list[tuple[str, ...]]) -> str:
     """The same rows as a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def mean_and_deviation(values: list[float]) -> dict[str, float | None]:
+    """Over seeds; one seed has no deviation."""
+    return {"mean": fmean(values), "deviation": stdev(values) if len(values) > 1 else None}
+
+
+def shown(value: Mapping[str, float | None], form: str) -> str:
+    """Mean ± deviation."""
+    spread = value["deviation"]
+    return form.format(value["mean"]) + ("" if spread is None else " ± " + form.format(spread))
 
 
 def remarks(results: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,37 @@
+"""What the command lines of all recipes share."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+import torch
+import transformers
+from accelerate import PartialState
+
+from growlib import GrowError
+
+STOPPED = 130  # what a shell expects of a program that Ctrl-C ended
+
+
+def say(line: str) -> None:
+    """Print once, however many processes there are."""
+    if PartialState().is_main_process:
+        print(line, flush=True)
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Do the work; the exit code. What the user can mend is said in one line."""
+    logging.getLogger("growlib").setLevel(logging.ERROR)  # an inexact growth stands in the report
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving; the long parts have their own
+    processes = PartialState(cpu=not torch.accelerator.is_available())  # those that torchrun or accelerate started
+    try:
+        work()
+        processes.wait_for_everyone()  # one that leaves while another still talks to it is aborted
+        processes.destroy_process_group()
+    except GrowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where it was: finished trainings are kept.", file=sys.stderr)
+        return STOPPED
+    return 0

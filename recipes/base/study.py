@@ -1,0 +1,86 @@
+"""A study: the same trainings with several seeds, and a table of their means."""
+
+import argparse
+import dataclasses
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+
+from base.command import guarded, say
+from base.report import as_markdown, as_text, mean_and_deviation, shown
+from base.setting import Setting, load_preset
+from base.store import write_json, write_text
+from growlib import GrowError
+
+Rows = Mapping[str, Mapping[str, float]]  # row -> column -> what one seed gave
+OneSeed = Callable[[Setting, Path], Rows]
+Results = Mapping[str, Mapping[str, list[float]]]  # row -> column -> by seed
+
+
+def main(doc: str | None, title: str, one_seed: OneSeed, arguments: list[str] | None) -> int:
+    """A recipe that is a study; the exit code.
+
+    Args:
+        doc: its help.
+        one_seed: the trainings with the seed of a setting, whose models are kept in a folder.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="demo", help="a name in recipes/presets, or a .toml file (default: demo)")
+    parser.add_argument("--seed", type=int, help="the first seed (default: the preset's)")
+    parser.add_argument("--seeds", type=int, default=1, help="how many (default: 1)")
+    parser.add_argument("--out", type=Path, help="folder of models and results (default: runs/RECIPE-PRESET)")
+    options = parser.parse_args(arguments)
+    return guarded(lambda: run(title, one_seed, options))
+
+
+def run(title: str, one_seed: OneSeed, options: argparse.Namespace) -> None:
+    """Every seed, then OUT/results.json and OUT/report.md."""
+    setting = load_preset(options.preset)
+    if options.seed is not None:
+        setting = dataclasses.replace(setting, seed=options.seed)
+    if options.seeds < 1 or setting.seed < 0:
+        asked = f"--seed {setting.seed} --seeds {options.seeds}"
+        raise GrowError(asked, "there is no such run", "a seed of 0 or more, and 1 or more of them")
+    folder = options.out or Path("runs") / f"{title.lower().replace(' ', '-')}-{Path(options.preset).stem}"
+    seeds = range(setting.seed, setting.seed + options.seeds)
+    results: dict[str, dict[str, list[float]]] = {}
+    for seed in seeds:
+        say(f"Seed {seed}.")
+        for row, columns in one_seed(dataclasses.replace(setting, seed=seed), folder).items():
+            for column, value in columns.items():
+                results.setdefault(row, {}).setdefault(column, []).append(value)
+    if PartialState().is_main_process:
+        write(folder, title, results, {**dataclasses.asdict(setting), "seeds": list(seeds), **environment()})
+    say("\n" + as_text(table(results)) + f"\n\nWritten: {folder}/results.json, report.md.")
+
+
+def write(folder: Path, title: str, results: Results, setting: Mapping[str, Any]) -> None:
+    """Write results.json and report.md."""
+    write_json(folder / "results.json", {"setting": setting, "results": results})
+    said = f"Preset {setting['preset']}, seeds {', '.join(map(str, setting['seeds']))}: mean ± deviation over seeds."
+    write_text(folder / "report.md", f"# {title}\n\n{said}\n\n{as_markdown(table(results))}\n")
+
+
+def table(results: Results) -> list[tuple[str, ...]]:
+    """The rows as text, the header first."""
+    columns = list(dict.fromkeys(column for row in results.values() for column in row))
+    rows: list[tuple[str, ...]] = [("", *columns)]
+    for name, row in results.items():
+        cells = ["" if c not in row else shown(mean_and_deviation(row[c]), "{:.3f}") for c in columns]
+        rows.append((name, *cells))
+    return rows
+
+
+def environment() -> dict[str, str | int]:
+    """What a study ran on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
