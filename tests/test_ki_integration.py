@@ -1,23 +1,23 @@
-"""With other libraries, where they are installed: TRL's SFTTrainer, PEFT students. And images, in one's own loop.
+"""With other libraries: TRL's SFTTrainer, PEFT students, torch.compile, teachers that accelerate places."""
 
-They are no dependencies: CI without them skips these tests.
-"""
-
+import logging
 import warnings
 
 import pytest
 import torch
 from ki_tiny import arguments, collate, examples, half, llama, parameters, shifted, train
-from transformers import ViTConfig, ViTForImageClassification
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
-from growlib import KIMixin
+from growlib import KIConfig, KIMixin
 from growlib.ki import Targets, ki_loss
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_peft_student_learns_through_its_adapters(tmp_path):
     """The frozen head is reached through the wrapper; the step on the adapters is the hand-written one."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     rows, teacher = examples(8), llama(1, hidden=8)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
@@ -45,8 +45,7 @@ def test_trls_sft_trainer_with_a_teacher(tmp_path):
     """Its loss has no logits with a gradient: it is taken for the plain CE, by word and by proof, or refused."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip("trl")
-        datasets = pytest.importorskip("datasets")
+        import datasets
         from test_ki_teacher import tokenizer
         from trl import SFTConfig, SFTTrainer
 
@@ -77,6 +76,41 @@ def test_trls_sft_trainer_with_a_teacher(tmp_path):
     assert logs[0]["ki/alpha"] == 0.5
     assert logs[0]["ki/kd"] > 0.1
     assert (parameters(student) - parameters(llama(0))).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+def test_a_compiled_student_takes_the_same_steps_in_two_graphs(tmp_path, caplog):
+    """One graph up to the head for every taught step, whatever α, and one for the plain steps after `stop_at`."""
+    rows, ki = examples(64), KIConfig(teacher=llama(1, hidden=8), stop_at=0.7)
+    options = {"max_steps": 6, "per_device_train_batch_size": 4}
+    plain, compiled = llama(0), llama(0)
+    train(tmp_path, plain, ki, rows, **options)
+    torch.compiler.reset()
+    counters.clear()
+    with caplog.at_level(logging.WARNING, "growlib"):
+        trainer = train(tmp_path, compiled, ki, rows, torch_compile=True, torch_compile_backend="aot_eager", **options)
+    assert not [record for record in caplog.records if record.name == "growlib"]
+    assert trainer._ki_path.reach is not None
+    assert counters["stats"]["unique_graphs"] == 2
+    torch.testing.assert_close(parameters(compiled), parameters(plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_teacher_too_large_for_the_device_stays_on_disk(tmp_path, top_k):
+    """accelerate reads its layers when they run; the step is that of the teacher in memory."""
+    rows, whole = examples(8), llama(1, hidden=8, num_hidden_layers=2)
+    whole.save_pretrained(tmp_path / "teacher")
+    names = ("model.embed_tokens", "model.layers.0", "model.rotary_emb", "model.norm")
+    places = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk", "lm_head": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "teacher", device_map=places, offload_folder=tmp_path / "disk"
+    )
+    assert offloaded.lm_head.weight.is_meta
+    one, other = llama(0), llama(0)
+    train(tmp_path, one, half(whole, top_k=top_k), rows)
+    train(tmp_path, other, half(offloaded, top_k=top_k), rows)
+    torch.testing.assert_close(parameters(other), parameters(one), rtol=1e-6, atol=1e-7)
+    assert offloaded.lm_head.weight.is_meta
 
 
 def test_images_by_the_same_functions():

@@ -187,3 +187,33 @@ def test_a_mismatch_of_positions_is_named():
         linear_ki_loss(case.hidden, case.weight, case.labels[1:], case.teacher, alpha=0.5)
     with pytest.raises(GrowError, match="targets at 22 positions"):
         linear_ki_loss(case.hidden, case.weight, case.labels, case.teacher[1:], alpha=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_it_is_one_graph_for_a_whole_schedule(kind):
+    """No graph break (`fullgraph`), no second graph when α or the number of labels that count changes."""
+    case = Case(kind)
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def loss(alpha, labels):
+        return linear_ki_loss(
+            case.hidden, case.weight, labels, case.teacher, alpha=alpha, bias=case.bias, chunk=6, gate=kind == "sampled"
+        )
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=count)
+    for alpha, ignored in ((1.0, 4), (0.6, 3), (0.0, 2), (0.5, 1)):
+        labels = case.labels.clone()
+        labels[::ignored] = -100  # all of them in the last round
+        alpha = torch.tensor(alpha, requires_grad=True)
+        one, other = compiled(alpha, labels), loss(alpha, labels)
+        inputs = (case.hidden, case.weight, case.bias, alpha)
+        gradients = [torch.autograd.grad(result.loss, inputs) for result in (one, other)]
+        for a, b in zip((*one, *gradients[0]), (*other, *gradients[1]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 1

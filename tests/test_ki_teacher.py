@@ -188,7 +188,15 @@ def test_inputs_that_the_teacher_does_not_name_are_left_out(tmp_path):
     assert taught._ki_guide.teacher.logits(batch).shape == (2, 10, VOCAB)
 
 
-def test_unsupported_splits_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("growlib.ki.trainer.is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(GrowError, match="ZeRO stage 3"):
-        trainer(tmp_path, llama(0), KIConfig(teacher=llama(1)))
+def test_unsupported_splits_are_refused(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(GrowError, match=r"nn.DataParallel .* one process per GPU"):
+        KITrainer(model=llama(0), args=args, ki=KIConfig(teacher=llama(1)))
+
+
+def test_a_teacher_that_zero3_has_split_is_refused(tmp_path):
+    teacher = llama(1)
+    next(teacher.parameters()).ds_id = 0
+    with pytest.raises(GrowError, match="its folder or hub id, which is loaded whole"):
+        trainer(tmp_path, llama(0), KIConfig(teacher=teacher))

@@ -57,19 +57,32 @@ def linear_ki_loss(
         GrowError: as `ki_loss`.
     """
     labels = labels.reshape(-1)
-    counted = labels != ignore_index
-    labels_N = labels[counted]
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if hidden.shape[0] != labels.numel():
         asked = f"hidden states at {hidden.shape[0]} positions"
         raise GrowError(asked, f"there are {labels.numel()} labels", "one label per position")
-    source = teacher.rows(counted) if isinstance(teacher, Projection) else as_targets(teacher, counted, temperature)
-    student = Projection(hidden[counted], weight, bias, logit_scale, softcap)
+    counted = labels != ignore_index
+    number = counted.sum().clamp(min=1) if num_items is None else num_items
+    if torch.compiler.is_compiling():  # how many count cannot be a size in the graph: the others stay, without weight
+        rows: slice | Tensor = slice(None)
+        labels_N = labels.masked_fill(~counted, -1)
+    else:
+        rows, labels_N = counted, labels[counted]
+    if isinstance(teacher, Projection):
+        source: Source = teacher.rows(rows)
+    else:
+        source = as_targets(teacher, rows, temperature, labels.numel())
     sums = linear_ki_sums(
-        student, labels_N, source, alpha, temperature=temperature, gate=gate, chunk=chunk, recompute=recompute
+        Projection(hidden[rows], weight, bias, logit_scale, softcap),
+        labels_N,
+        source,
+        alpha,
+        temperature=temperature,
+        gate=gate,
+        chunk=chunk,
+        recompute=recompute,
     )
-    denominator = max(labels_N.numel(), 1) if num_items is None else num_items
-    return KILoss(*(total / denominator for total in sums[:3]))
+    return KILoss(*(total / number for total in sums[:3]))
 
 
 class KISums(NamedTuple):
@@ -93,7 +106,7 @@ def linear_ki_sums(
     chunk: int | None = None,
     recompute: bool = False,
 ) -> KISums:
-    """`linear_ki_loss` as sums over N positions that all count, labels [N]; see there.
+    """`linear_ki_loss` as sums over the N positions whose label, [N], is not negative; see there.
 
     Raises:
         GrowError: as `ki_loss`.
@@ -208,16 +221,18 @@ def _chunk_loss(
     logits: Tensor, labels: Tensor, targets: Targets, alpha: Tensor, gate: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Sums [d loss / d α, loss, ce, kd] of n positions, and d loss / d logits, [n, V], in the logits' own memory."""
-    labels = labels[:, None]
-    label_logits = logits.gather(1, labels)[:, 0]
+    counts = labels >= 0
+    at_label = labels.clamp(min=0)[:, None]
+    label_logits = logits.gather(1, at_label)[:, 0]
     together = targets.temperature == 1.0 and targets.vocab == logits.shape[1] and targets.ids is not None
     scaled = logits if together else logits[:, : targets.vocab] / targets.temperature
     kl = _kl(scaled, targets)
     log_z = kl.log_z if together else logits.logsumexp(1)
-    ce, kd = log_z - label_logits, kl.value * targets.temperature**2
+    ce = torch.where(counts, log_z - label_logits, 0)
+    kd = torch.where(counts, kl.value * targets.temperature**2, 0)
     weight = alpha.expand_as(ce)
     if gate:
-        weight = weight * (targets.label_logprobs(labels[:, 0]) > -ce)
+        weight = weight * (targets.label_logprobs(labels) > -ce)
     difference = kd - ce
     # A position without weight on one side keeps that side's NaN out, as `mix` does.
     loss = torch.where(weight == 1, 0, (1 - weight) * ce) + torch.where(weight == 0, 0, weight * kd)
@@ -225,7 +240,7 @@ def _chunk_loss(
     sums = torch.stack([listened, loss.sum(), ce.sum(), kd.sum()])
     if not with_gradient:
         return sums, None
-    on_ce, on_kd = (1 - weight)[:, None], (weight * targets.temperature)[:, None]
+    on_ce, on_kd = ((1 - weight) * counts)[:, None], (weight * targets.temperature * counts)[:, None]
     if together:
         assert targets.ids is not None
         assert kl.at_ids is not None
@@ -237,7 +252,7 @@ def _chunk_loss(
     else:
         gradient = logits.sub_(log_z[:, None]).exp_().mul_(on_ce)
         gradient[:, : targets.vocab] += _kl_gradient(scaled, targets, kl) * on_kd
-    return sums, gradient.scatter_add_(1, labels, -on_ce)
+    return sums, gradient.scatter_add_(1, at_label, -on_ce)
 
 
 def teacher_ce(targets: Targets, labels: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def ki_loss(
     counted = labels.reshape(-1) != ignore_index
     labels_N = labels.reshape(-1)[counted]
     student_NV = at_least_float32(student_logits.reshape(-1, student_logits.shape[-1])[counted])
-    targets = as_targets(teacher, counted, temperature).over(student_NV.shape[-1])
+    targets = as_targets(teacher, counted, temperature, labels.numel()).over(student_NV.shape[-1])
     denominator = max(labels_N.numel(), 1) if num_items is None else num_items
     ce_N = F.cross_entropy(student_NV, labels_N, reduction="none")
     kd_N = kl_per_position(student_NV, targets)
@@ -73,18 +73,18 @@ def ki_loss(
     return KILoss(mix(ce_N, kd_N, alpha * listens_N).sum() / denominator, ce, kd)
 
 
-def as_targets(teacher: Tensor | Targets, counted: Tensor, temperature: float) -> Targets:
-    """The counted rows of a teacher's logits or targets, at τ.
+def as_targets(teacher: Tensor | Targets, rows: Tensor | slice, temperature: float, positions: int) -> Targets:
+    """Some rows of a teacher's logits or targets at so many positions, at τ.
 
     Raises:
         GrowError: the number of positions is not that of the labels.
     """
     logits = teacher.reshape(-1, teacher.shape[-1]) if isinstance(teacher, Tensor) else teacher
-    if len(logits) != counted.numel():
-        raise GrowError(f"targets at {len(logits)} positions", f"there are {counted.numel()} labels", "one per label")
+    if len(logits) != positions:
+        raise GrowError(f"targets at {len(logits)} positions", f"there are {positions} labels", "one per label")
     if isinstance(logits, Tensor):
-        return Targets.dense(logits[counted], temperature=temperature)
-    return logits[counted].at(temperature)
+        return Targets.dense(logits[rows], temperature=temperature)
+    return logits[rows].at(temperature)
 
 
 def kl_per_position(student_NV: Tensor, targets: Targets) -> Tensor:

@@ -54,6 +54,7 @@ def linear_step(
     losses: list[Tensor] = []
     sums: list[Tensor] = []
 
+    @torch.compiler.disable  # a compiled model ends before its head, and nothing here is traced anew at each step
     def at_head(hidden: Tensor) -> Tensor:
         student = found.projection(hidden).rows(step.counted)
         for part in step.parts:

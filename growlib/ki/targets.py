@@ -203,7 +203,7 @@ class Targets:
         """log P(label), [N], from labels [N]; -inf where the targets do not say."""
         if self.ids is None:
             found = self.logprobs.gather(1, labels.clamp(0, self.vocab - 1)[:, None])[:, 0]
-            return found.masked_fill(labels >= self.vocab, -torch.inf)
+            return found.masked_fill((labels < 0) | (labels >= self.vocab), -torch.inf)
         listed, exact = (x[:, : x.shape[1] - self.draws] for x in (self.logprobs, self.ids))
         return listed.masked_fill(exact != labels[:, None], -torch.inf).logsumexp(1)
 

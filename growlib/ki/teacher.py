@@ -116,6 +116,12 @@ def resolve_teacher(
     asked = f"KIConfig(teacher={source or type(model).__name__!r})"
     if head_of(model) != head:
         raise GrowError(asked, f"a {head_of(model)} language model cannot teach a {head} one", f"a {head} model")
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise GrowError(
+            asked,
+            "DeepSpeed ZeRO-3 split its parameters when it was made, and no engine joins them again",
+            "its folder or hub id, which is loaded whole in each process; or a cache (growlib.cache_teacher)",
+        )
     if _share_parameters(model, student):
         raise GrowError(
             asked,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
@@ -154,6 +154,7 @@ class KIMixin(_Base):
             name: torch.zeros_like(inputs[name]) for name in ("labels", "shift_labels") if name in inputs
         }
         one, two = (torch.tensor(n, device=self.args.device) for n in (1.0, 2.0))
+        model = getattr(model, "_orig_mod", model)  # no graph of torch.compile for what runs once
         model.eval()
         found: Reach | None = None
         with torch.no_grad():
@@ -185,7 +186,6 @@ class KIMixin(_Base):
             f"{owner.__name__} computes a loss of its own": owner is not Trainer and not self.loss_is_plain,
             "labels are smoothed": self.label_smoother is not None,
             "the trainer was given a compute_loss_func": self.compute_loss_func is not None,
-            "the student is compiled": self.args.torch_compile,
         }
         for reason, present in reasons.items():
             if present:
@@ -208,7 +208,14 @@ class KIMixin(_Base):
         tokenizer = self.processing_class
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a multimodal processor, or None
             tokenizer = getattr(tokenizer, "tokenizer", None)
-        return resolve_guide(ki, self._ki_student(), tokenizer, self._ki_head, self.args.device)
+        deepspeed = getattr(self.args, "hf_deepspeed_config", None)
+        if deepspeed is not None:  # ZeRO-3 would split a teacher that is loaded now, and no engine would join it again
+            unset_hf_deepspeed_config()
+        try:
+            return resolve_guide(ki, self._ki_student(), tokenizer, self._ki_head, self.args.device)
+        finally:
+            if deepspeed is not None:
+                set_hf_deepspeed_config(deepspeed)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -224,7 +231,6 @@ class KIMixin(_Base):
                 (parallelism is not None and parallelism.non_data_parallel_size > 1)
                 or (getattr(self.model, "tp_size", None) or 1) > 1
             ),
-            "DeepSpeed ZeRO stage 3": is_deepspeed_zero3_enabled(),
         }
         for split, present in splits.items():
             if present:
