@@ -1,7 +1,10 @@
 """With other libraries: TRL's SFTTrainer, PEFT students, torch.compile, teachers that accelerate places."""
 
 import logging
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +143,10 @@ def test_images_by_the_same_functions():
         result.loss.backward()
         optimizer.step()
     assert divergences[-1] < 0.3 * divergences[0]
+
+
+def test_a_teacher_on_another_device():
+    """In a process of its own, which has a second device without values."""
+    script = Path(__file__).with_name("ki_two_devices.py")
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, check=False)
+    assert found.stdout == "both devices kept apart\n", found.stderr

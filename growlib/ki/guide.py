@@ -51,23 +51,16 @@ class Online:
         self.teacher, self.config = teacher, config
 
     def parts(self, batch: dict[str, Any]) -> list[Part]:
-        source, labels = self.whole(batch)
-        config = self.config
-        if config.top_k is not None:
-            tail, temperature = config.tail or "bucket", config.temperature
-            logits = source.logprobs if isinstance(source, Targets) else source
-            source = Targets.top_k(logits, config.top_k, tail=tail, temperature=temperature).to(labels.device)
-        return [Part(None, source, None)]
+        if self.config.top_k is None:
+            return [Part(None, self.whole(batch)[0], None)]
+        found, _ = self.teacher.at_labels(batch)
+        tail, temperature = self.config.tail or "bucket", self.config.temperature
+        return [Part(None, Targets.top_k(found, self.config.top_k, tail=tail, temperature=temperature), None)]
 
-    @torch.no_grad()
     def whole(self, batch: dict[str, Any]) -> tuple[Targets | Projection, Tensor]:
         """The whole distribution at the counted positions, and their labels [N]."""
-        labels = aligned_labels(batch, self.teacher.head).reshape(-1)
-        counted = labels != IGNORE_INDEX
-        found = self.teacher.source(batch)
-        if isinstance(found, Tensor):
-            return Targets.dense(found[counted.to(found.device)]).to(labels.device), labels[counted]
-        return found.rows(counted), labels[counted]
+        found, labels = self.teacher.at_labels(batch)
+        return (Targets.dense(found) if isinstance(found, Tensor) else found), labels
 
 
 class Cached:

@@ -194,7 +194,7 @@ def _run(
         rows = slice(start, start + settings.chunk)
         logits = head.rows(rows).logits()
         slope = None if settings.softcap is None else 1 - (logits / settings.softcap).square()
-        targets = rows_of(teacher, rows, settings.temperature).over(logits.shape[1])
+        targets = rows_of(teacher, rows, settings.temperature, logits.device).over(logits.shape[1])
         sums[4:] += teacher_ce(targets, labels[rows])
         parts, gradient = _chunk_loss(logits, labels[rows], targets, alpha, settings.gate, any(wanted))
         sums[:4] += parts

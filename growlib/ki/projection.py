@@ -33,6 +33,11 @@ class Projection:
         """(N, V), as the logits' would be."""
         return self.hidden.shape[0], self.weight.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the logits would be."""
+        return self.hidden.device
+
     def rows(self, chosen: slice | Tensor) -> "Projection":
         """Some positions."""
         return replace(self, hidden=self.hidden[chosen])

@@ -98,7 +98,7 @@ def plain_step(step: Step, ce: Tensor, outputs: Any, weight: float | Tensor) -> 
     known = student.new_zeros(2)
     for part in step.parts:
         rows = slice(None) if part.rows is None else part.rows
-        targets = rows_of(part.source, slice(None), step.ki.temperature).over(student.shape[-1]).to(logits.device)
+        targets = rows_of(part.source, slice(None), step.ki.temperature, logits.device).over(student.shape[-1])
         kd = kd + kl_per_position(student[rows], targets).sum()
         known = known + (teacher_ce(targets, step.labels[rows]) if part.teacher_ce is None else part.teacher_ce)
     # The mean over no position is NaN; its gradient is 0, as the KL's.

@@ -54,7 +54,7 @@ class StopWhenPassed:
                 source, labels = guide.whole(inputs)
                 for start in range(0, len(labels), CHUNK):
                     rows = slice(start, start + CHUNK)
-                    total += teacher_ce(rows_of(source, rows, 1.0), labels[rows])
+                    total += teacher_ce(rows_of(source, rows, 1.0, labels.device), labels[rows])
             ce, positions = trainer.accelerator.reduce(total, "sum").tolist()
             self._loss = ce / max(positions, 1.0)
         return self._loss

@@ -263,13 +263,13 @@ class Blend:
 Source = Targets | Projection | Blend
 
 
-def rows_of(source: Source, rows: slice | Tensor, temperature: float) -> Targets:
-    """Targets at τ of some positions, whatever they come from."""
+def rows_of(source: Source, rows: slice, temperature: float, device: torch.device) -> Targets:
+    """Targets at τ of some positions, whatever they come from and on whatever device that is."""
+    if isinstance(source, Blend):
+        return mixture([rows_of(part, rows, temperature, device) for part in source.parts], source.weights)
     if isinstance(source, Targets):
-        return source[rows].at(temperature)
-    if isinstance(source, Projection):
-        return Targets.dense(source.rows(rows).logits(), temperature=temperature)
-    return mixture([rows_of(part, rows, temperature) for part in source.parts], source.weights)
+        return source[rows].to(device).at(temperature)
+    return Targets.dense(source.rows(rows).logits(), temperature=temperature).to(device)
 
 
 def _columns(part: Targets, shift: float, drawn: bool) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +18,7 @@ from transformers import (
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
-from growlib.ki.heads import head_of
+from growlib.ki.heads import IGNORE_INDEX, aligned_labels, head_of
 from growlib.ki.hidden import Reach, Unreachable, reach, without_logits
 from growlib.ki.projection import Projection
 
@@ -59,8 +60,13 @@ class Teacher:
         return self.model(**self._inputs(inputs)).logits[..., : self.common_vocab]
 
     @torch.no_grad()
-    def source(self, inputs: dict[str, Any]) -> Tensor | Projection:
-        """The same as [positions, common_vocab]: hidden states and head, or the logits where no head is reachable."""
+    def at_labels(self, inputs: dict[str, Any]) -> tuple[Tensor | Projection, Tensor]:
+        """The same at the positions whose label counts, [N, common_vocab], and their labels [N].
+
+        Hidden states and head stand for the logits where the head can be reached; on the teacher's device.
+        """
+        labels = aligned_labels(inputs, self.head).reshape(-1)
+        counted = labels != IGNORE_INDEX
         kept = self._inputs(inputs)
         if not self._reach_known:
             self._reach_known = True
@@ -70,11 +76,12 @@ class Teacher:
                 logger.info("the teacher's logits are computed as a whole: %s", reason)
         if self._reach is None:
             logits = self.model(**kept).logits[..., : self.common_vocab]
-            return logits.reshape(-1, logits.shape[-1])
-        return without_logits(self._reach, self.model, kept).tokens(0, self.common_vocab)
+            return logits.reshape(-1, logits.shape[-1])[counted.to(logits.device)], labels[counted]
+        found = without_logits(self._reach, self.model, kept).tokens(0, self.common_vocab)
+        return found.rows(counted.to(found.device)), labels[counted]
 
     def _inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the teacher takes of a batch."""
+        """What the teacher takes of a batch, where it takes it."""
         if self.model.training:  # whoever owns the model may have switched it
             self.model.eval()
         kept = {
@@ -86,7 +93,8 @@ class Teacher:
             kept["use_cache"] = False
         if self.model.config.is_encoder_decoder and "decoder_input_ids" not in kept:
             kept["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
-        return kept
+        device = self.model.device  # meta: accelerate reads the weights when they are needed, and moves the inputs
+        return kept if device.type == "meta" else send_to_device(kept, device)
 
 
 def resolve_teacher(

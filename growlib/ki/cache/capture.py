@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
@@ -19,7 +19,6 @@ from growlib.ki.cache.examples import Example, draw_keys, examples_of
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.cache.records import Layout
 from growlib.ki.cache.shards import FORMAT, Header, read_header, shard_path, write_header, write_shard
-from growlib.ki.heads import IGNORE_INDEX, aligned_labels
 from growlib.ki.linear import CHUNK_BYTES
 from growlib.ki.targets import Targets
 from growlib.ki.teacher import Teacher, load_teacher, tokenizer_at
@@ -84,7 +83,7 @@ def cache_teacher(
         model.to(device=state.device, dtype=dtype)
     tokenizer = tokenizer or tokenizer_at(model.name_or_path or "")
     layout = Layout(vocab or model.config.get_text_config().vocab_size, top_k, samples, temperature)
-    source = Source(Teacher(model, layout.vocab), data_collator, batch_size, state.device)
+    source = Source(Teacher(model, layout.vocab), data_collator, batch_size)
     header = Header(
         format=FORMAT,
         teacher=hashes.weights_hash(model),
@@ -140,8 +139,8 @@ def _begin(folder: Path, header: Header) -> None:
 class Source:
     """A teacher with what turns examples into batches."""
 
-    def __init__(self, teacher: Teacher, collator: Collator, batch_size: int, device: torch.device) -> None:
-        self.teacher, self.collator, self.batch_size, self.device = teacher, collator, batch_size, device
+    def __init__(self, teacher: Teacher, collator: Collator, batch_size: int) -> None:
+        self.teacher, self.collator, self.batch_size = teacher, collator, batch_size
         self.head = teacher.head
         self.columns = {*teacher.names, "labels", "label", "label_ids", "shift_labels"}
 
@@ -168,11 +167,8 @@ class Source:
 
     def forward(self, batch: dict[str, Any]) -> tuple[Any, torch.Tensor]:
         """The teacher's logits at the counted positions, or what they are computed from, and their labels [N]."""
-        batch = send_to_device(batch, self.device)
-        labels = aligned_labels(batch, self.head).reshape(-1)
-        counted = labels != IGNORE_INDEX
-        source = self.teacher.source(batch)
-        return (source[counted] if isinstance(source, torch.Tensor) else source.rows(counted)), labels[counted]
+        found, labels = self.teacher.at_labels(batch)
+        return found, labels.to(found.device)
 
     def rows(self, dataset: Any, numbers: range, layout: Layout, seed: int) -> list[tuple[bytes, float, np.ndarray]]:
         """(digest, teacher's summed CE, records) of each example."""

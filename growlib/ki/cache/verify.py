@@ -86,7 +86,7 @@ def verify_cache(
         return found
     if len(dataset) != len(cache):
         raise GrowError(asked, f"the dataset has {len(dataset)} examples and the cache {len(cache)}", "its dataset")
-    source = Source(Teacher(model, header.vocab), data_collator, header.batch_size, model.device)
+    source = Source(Teacher(model, header.vocab), data_collator, header.batch_size)
     same, divergences = [np.empty(0, bool)], [torch.zeros(0)]
     for number in hashes.spread(len(dataset), sample):
         batch = source.batch([dataset[number]])
