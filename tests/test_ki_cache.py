@@ -243,7 +243,7 @@ def test_another_teacher_tokenizer_or_dataset_is_named_when_the_cache_is_used(tm
     ("student", "options", "says"),
     [
         (llama, {"temperature": 2.0}, "temperature 1.0"),
-        (bert, {}, "causal language model, the student masked"),
+        (bert, {}, "causal model, the student masked"),
         (lambda seed: llama(seed, vocab=VOCAB - 2), {}, f"vocab={VOCAB - 2}"),
         (llama, {"top_k": 4}, "no top_k"),
         (llama, {"tail": "bucket"}, "draws"),

@@ -12,8 +12,9 @@ from ki_tiny import arguments, collate, examples, half, llama, parameters, shift
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
-from growlib import KIConfig, KIMixin
+from growlib import GrowError, KIConfig, KIMixin, KITrainer
 from growlib.ki import Targets, ki_loss
+from growlib.ki.heads import head_of
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -116,33 +117,63 @@ def test_a_teacher_too_large_for_the_device_stays_on_disk(tmp_path, top_k):
     assert offloaded.lm_head.weight.is_meta
 
 
-def test_images_by_the_same_functions():
-    """A classifier's logits [B, classes] and labels [B], dense or top-K, in a loop of one's own."""
-    sizes = {
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "image_size": 8,
-        "patch_size": 4,
-    }
+def vit(seed, hidden, **options):
+    torch.manual_seed(seed)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8}
+    config = ViTConfig(
+        hidden_size=hidden, patch_size=4, initializer_range=0.3, **{"num_labels": 10, **sizes, **options}
+    )
+    return ViTForImageClassification(config)
 
-    def vit(seed, hidden):
-        torch.manual_seed(seed)
-        return ViTForImageClassification(ViTConfig(hidden_size=hidden, num_labels=10, initializer_range=0.3, **sizes))
 
+IMAGES, CLASSES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 10
+
+
+def test_images_in_a_loop_of_ones_own():
+    """A classifier's logits [B, classes] and labels [B], dense or top-K."""
     student, teacher = vit(0, 16), vit(1, 8).eval()
-    images, labels = torch.randn(12, 3, 8, 8), torch.arange(12) % 10
     with torch.no_grad():
-        logits = teacher(images).logits
+        logits = teacher(IMAGES).logits
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     divergences = []
     for _ in range(30):
-        result = ki_loss(student(images).logits, labels, Targets.top_k(logits, 9), alpha=1.0)
-        divergences.append(ki_loss(student(images).logits, labels, logits, alpha=1.0).kd.item())
+        result = ki_loss(student(IMAGES).logits, CLASSES, Targets.top_k(logits, 9), alpha=1.0)
+        divergences.append(ki_loss(student(IMAGES).logits, CLASSES, logits, alpha=1.0).kd.item())
         optimizer.zero_grad()
         result.loss.backward()
         optimizer.step()
     assert divergences[-1] < 0.3 * divergences[0]
+
+
+@pytest.mark.parametrize("by_domain", [False, True])
+def test_images_in_the_trainer(tmp_path, by_domain):
+    """The step is the hand-written one; the teacher is loaded from its folder."""
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(IMAGES, CLASSES, strict=True)]
+    teacher, expected = vit(1, 8).eval(), vit(0, 16)
+    teacher.save_pretrained(tmp_path / "teacher")
+    with torch.no_grad():
+        logits = teacher(IMAGES).logits
+    result = ki_loss(expected(IMAGES).logits, CLASSES, logits, alpha=0.5, temperature=2.0)
+    gradients = torch.autograd.grad(result.loss, list(expected.parameters()))
+    by_hand = parameters(expected) - 0.1 * torch.cat([g.reshape(-1) for g in gradients])
+    options = {}
+    if by_domain:
+        rows = [{**row, "kind": i % 2} for i, row in enumerate(rows)]
+        options = {"domain": "kind"}
+    source = {0: tmp_path / "teacher", 1: tmp_path / "teacher"} if by_domain else tmp_path / "teacher"
+    student = vit(0, 16)
+    train(tmp_path, student, half(source, temperature=2.0, **options), rows, per_device_train_batch_size=12)
+    torch.testing.assert_close(parameters(student), by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_images_of_other_classes_are_refused(tmp_path):
+    named = {"id2label": {i: f"kind {i}" for i in range(10)}}
+    other = vit(1, 8, id2label={**named["id2label"], 3: "another"})
+    with pytest.raises(GrowError, match=r"classes are not the student's: 2 \(name, id\) pairs"):
+        KITrainer(model=vit(0, 16, **named), args=arguments(tmp_path), ki=half(other))
+    KITrainer(model=vit(0, 16), args=arguments(tmp_path), ki=half(other))  # without names nothing can be compared
+    with pytest.raises(GrowError, match="an image classifier"):
+        head_of(vit(0, 16, problem_type="multi_label_classification"))
 
 
 def test_a_teacher_on_another_device():

@@ -97,7 +97,7 @@ def test_the_student_cannot_be_its_own_teacher(tmp_path):
 
 
 def test_another_kind_of_language_model_is_refused(tmp_path):
-    with pytest.raises(GrowError, match="masked language model cannot teach a causal one"):
+    with pytest.raises(GrowError, match="masked model cannot teach a causal one"):
         trainer(tmp_path, llama(0), KIConfig(teacher=bert(1)))
 
 
@@ -137,7 +137,7 @@ def test_a_common_vocabulary_larger_than_either_is_refused(tmp_path):
 def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
     llama(1, hidden=8).save_pretrained(tmp_path / "teacher")
     tokenizer(VOCAB - 1).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(GrowError, match="tokenizer is not the student's: 3"):
+    with pytest.raises(GrowError, match="tokens or classes are not the student's: 3"):
         trainer(tmp_path, llama(0), KIConfig(teacher=tmp_path / "teacher"), tokenizer(VOCAB))
     agreed = KIConfig(teacher=tmp_path / "teacher", common_vocab=VOCAB - 2)
     assert trainer(tmp_path, llama(0), agreed, tokenizer(VOCAB))._ki_guide.teacher.common_vocab == VOCAB - 2

@@ -66,7 +66,7 @@ class KIConfig:
             if not isinstance(teacher, PreTrainedModel | str | os.PathLike):
                 raise GrowError(
                     f"KIConfig(teacher={type(teacher).__name__} object)",
-                    "this is not a language model",
+                    "this is not a model",
                     "a PreTrainedModel, a folder, or a hub id; a tuple or a dict of them",
                 )
         self._require("teacher", not several or len(self.teacher) > 0, "at least one")  # type: ignore[arg-type]

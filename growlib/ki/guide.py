@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from growlib.errors import GrowError
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.config import KIConfig
-from growlib.ki.heads import IGNORE_INDEX, Head, aligned_labels
+from growlib.ki.heads import IGNORE_INDEX, Head, aligned_labels, outcomes
 from growlib.ki.projection import Projection
 from growlib.ki.targets import Blend, Source, Targets
 from growlib.ki.teacher import Teacher, resolve_teacher
@@ -104,7 +104,7 @@ class ByDomain:
                 "the column in every training example, one example per row",
             )
         domains = batch[DOMAIN]
-        of_position = domains[:, None].expand(labels.shape)[labels != IGNORE_INDEX]
+        of_position = domains.view(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)[labels != IGNORE_INDEX]
         parts = []
         for number, guide in enumerate(self.guides):
             rows = (domains == number).nonzero()[:, 0]
@@ -148,9 +148,9 @@ def resolve_guide(
 
 def _cached(cache: TeacherCache, config: KIConfig, student: PreTrainedModel, tokenizer: Any, head: Head) -> Cached:
     asked = f"KIConfig(teacher={str(cache.path)!r}, temperature={config.temperature})"
-    header, vocab = cache.header, student.config.get_text_config().vocab_size
+    header, vocab = cache.header, outcomes(student)
     if header.head != head:
-        raise GrowError(asked, f"the cache is of a {header.head} language model, the student {head}", f"a {head} one")
+        raise GrowError(asked, f"the cache is of a {header.head} model, the student {head}", f"a {head} one")
     if header.temperature != config.temperature:
         raise GrowError(
             asked,

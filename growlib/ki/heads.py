@@ -1,6 +1,6 @@
-"""What kind of language model a model is, and which label each of its positions predicts."""
+"""What kind of model a model is, and which label each of its positions predicts."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
@@ -15,18 +16,22 @@ from growlib.errors import GrowError
 
 IGNORE_INDEX = -100  # transformers' losses and collators
 
-Head = Literal["causal", "masked", "seq2seq"]
+Head = Literal["causal", "masked", "seq2seq", "image"]
 
 
 def head_of(model: PreTrainedModel) -> Head:
     """Read from transformers' own tables how a model's loss aligns labels with logits.
 
     Raises:
-        GrowError: the model is not a language model.
+        GrowError: the model is neither a language model nor a classifier of images into one class each.
     """
     if model.config.is_encoder_decoder:
         return "seq2seq"
     class_names = {cls.__name__ for cls in type(model).__mro__}
+    one_class = (model.config.num_labels or 0) > 1
+    one_class &= model.config.problem_type in (None, "single_label_classification")
+    if one_class and class_names & set(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()):
+        return "image"
     loss = LOSS_MAPPING.get(model.loss_type or "")
     # The masked table goes first: XLM and Flaubert stand in both, and do not shift.
     if class_names & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) or loss is ForMaskedLMLoss:
@@ -35,13 +40,19 @@ def head_of(model: PreTrainedModel) -> Head:
         return "causal"
     raise GrowError(
         f"Knowledge Inheritance with {type(model).__name__}",
-        "its loss is neither a causal nor a masked language-modelling loss",
-        "a causal, masked or sequence-to-sequence language model",
+        "its loss is neither a causal nor a masked language-modelling loss, nor that of one class per image",
+        "a causal, masked or sequence-to-sequence language model, or an image classifier",
     )
 
 
+def outcomes(model: PreTrainedModel) -> int:
+    """How many tokens or classes a model chooses from."""
+    config: Any = model.config
+    return config.num_labels if head_of(model) == "image" else config.get_text_config().vocab_size
+
+
 def aligned_labels(inputs: dict[str, Tensor], head: Head) -> Tensor:
-    """The label that each position's logits predict, [batch, length]; as in `ForCausalLMLoss`."""
+    """The label that each position's logits predict, [batch, length], of images [batch]; as in `ForCausalLMLoss`."""
     if "shift_labels" in inputs:
         return inputs["shift_labels"]
     if head == "causal":

@@ -10,6 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -18,7 +19,7 @@ from transformers import (
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
-from growlib.ki.heads import IGNORE_INDEX, aligned_labels, head_of
+from growlib.ki.heads import IGNORE_INDEX, aligned_labels, head_of, outcomes
 from growlib.ki.hidden import Reach, Unreachable, reach, without_logits
 from growlib.ki.projection import Projection
 
@@ -28,17 +29,18 @@ AUTO_CLASS: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
     "masked": AutoModelForMaskedLM,
     "seq2seq": AutoModelForSeq2SeqLM,
+    "image": AutoModelForImageClassification,
 }
 NOT_FOR_THE_TEACHER = {"labels", "shift_labels", "num_items_in_batch"}
 
 
 class Teacher:
-    """A frozen language model that gives the logits to learn from.
+    """A frozen model that gives the logits to learn from.
 
     It is no `nn.Module`, so that nothing that walks the student's modules wraps, trains or saves it.
 
     Attributes:
-        model: the language model, in eval mode, without gradients.
+        model: in eval mode, without gradients.
         common_vocab: number of token ids that teacher and student share.
         head: how its labels meet its logits.
         names: what its forward pass takes.
@@ -112,7 +114,7 @@ def resolve_teacher(
         device: where the teacher goes; one with a device map of its own stays where it is.
 
     Raises:
-        GrowError: the teacher cannot be loaded from safetensors, is another kind of language model, shares
+        GrowError: the teacher cannot be loaded from safetensors, is another kind of model, shares
             parameters with the student, or its token ids do not mean what the student's mean.
     """
     head = head_of(student)
@@ -123,7 +125,7 @@ def resolve_teacher(
         model = load_teacher(source, head, config.teacher_dtype)
     asked = f"KIConfig(teacher={source or type(model).__name__!r})"
     if head_of(model) != head:
-        raise GrowError(asked, f"a {head_of(model)} language model cannot teach a {head} one", f"a {head} model")
+        raise GrowError(asked, f"a {head_of(model)} model cannot teach a {head} one", f"a {head} model")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise GrowError(
             asked,
@@ -136,7 +138,11 @@ def resolve_teacher(
             "it shares parameters with the student, which freezing it would freeze",
             "a copy of the model",
         )
-    common_vocab = _common_vocab(asked, config, model, student, tokenizer_at(source), student_tokenizer)
+    if head == "image":
+        names = [_class_names(model), _class_names(student)]
+    else:
+        names = [tokenizer and tokenizer.get_vocab() for tokenizer in (tokenizer_at(source), student_tokenizer)]
+    common_vocab = _common_vocab(asked, config, [outcomes(model), outcomes(student)], names)
     if getattr(model, "hf_device_map", None) is None:
         model.to(device=device, dtype=config.teacher_dtype)  # type: ignore[call-arg]
     return Teacher(model, common_vocab)
@@ -146,7 +152,7 @@ def load_teacher(source: str, head: str, dtype: torch.dtype | None) -> PreTraine
     """Load safetensors weights, never code.
 
     Raises:
-        GrowError: they do not load, or not as this kind of language model.
+        GrowError: they do not load, or not as this kind of model.
     """
     asked = f"KIConfig(teacher={source!r})"
     try:
@@ -160,7 +166,7 @@ def load_teacher(source: str, head: str, dtype: torch.dtype | None) -> PreTraine
     except (OSError, ValueError) as error:
         raise GrowError(
             asked,
-            f"it does not load as a {head} language model ({error})",
+            f"it does not load as a {head} model ({error})",
             "a folder or hub id with a config.json of a transformers architecture and safetensors weights",
         ) from error
     if report["missing_keys"]:
@@ -168,7 +174,7 @@ def load_teacher(source: str, head: str, dtype: torch.dtype | None) -> PreTraine
         raise GrowError(
             asked,
             f"the checkpoint lacks {missing}",
-            f"the checkpoint of a {head} language model, head included",
+            f"the checkpoint of a {head} model, head included",
         )
     return model
 
@@ -190,36 +196,40 @@ def tokenizer_at(source: str) -> Any:
         return None
 
 
-def _common_vocab(
-    asked: str,
-    config: KIConfig,
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    teacher_tokenizer: Any,
-    student_tokenizer: Any,
-) -> int:
-    """How many token ids, from 0 up, teacher and student share."""
-    sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
+def _class_names(model: PreTrainedModel) -> dict[str, int] | None:
+    """The ids of an image classifier's classes; None where they were given no names."""
+    names = {name: int(i) for i, name in (model.config.id2label or {}).items()}
+    return None if all(name == f"LABEL_{i}" for name, i in names.items()) else names
+
+
+def _common_vocab(asked: str, config: KIConfig, sizes: list[int], names: list[dict[str, int] | None]) -> int:
+    """How many ids, from 0 up, teacher and student share; of tokens, or of an image's classes.
+
+    Args:
+        sizes: of the teacher's and the student's vocabulary.
+        names: the ids of the teacher's and the student's tokens; None where there is no tokenizer.
+    """
     common = min(sizes) if config.common_vocab is None else config.common_vocab
     if common > min(sizes):
         raise GrowError(
             f"KIConfig(common_vocab={common})",
-            f"teacher and student have {sizes[0]} and {sizes[1]} token ids",
+            f"teacher and student have {sizes[0]} and {sizes[1]} ids",
             f"at most {min(sizes)}",
         )
-    if teacher_tokenizer is not None and student_tokenizer is not None:
-        tables = [
-            {token: i for token, i in tokenizer.get_vocab().items() if config.common_vocab is None or i < common}
-            for tokenizer in (teacher_tokenizer, student_tokenizer)
-        ]
-        if tables[0] != tables[1]:
-            differing = len(tables[0].items() ^ tables[1].items())
+    if names[0] and names[1]:
+        mine, others = (
+            {name: i for name, i in table.items() if config.common_vocab is None or i < common}
+            for table in names
+            if table
+        )
+        if mine != others:
             raise GrowError(
                 asked,
-                f"its tokenizer is not the student's: {differing} (token, id) pairs are in only one of them",
-                "a teacher with the student's tokenizer, or common_vocab=the number of ids from 0 that agree",
+                "its tokens or classes are not the student's: "
+                f"{len(mine.items() ^ others.items())} (name, id) pairs are in only one of them",
+                "a teacher with the student's, or common_vocab=the number of ids from 0 that agree",
             )
-        return common if sizes[0] == sizes[1] else min(common, max(tables[0].values()) + 1)
+        return common if sizes[0] == sizes[1] else min(common, max(mine.values()) + 1)
     if sizes[0] != sizes[1] and config.common_vocab is None:
         raise GrowError(
             asked,

@@ -19,6 +19,7 @@ from growlib.ki.cache.examples import Example, draw_keys, examples_of
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.cache.records import Layout
 from growlib.ki.cache.shards import FORMAT, Header, read_header, shard_path, write_header, write_shard
+from growlib.ki.heads import outcomes
 from growlib.ki.linear import CHUNK_BYTES
 from growlib.ki.targets import Targets
 from growlib.ki.teacher import Teacher, load_teacher, tokenizer_at
@@ -82,7 +83,7 @@ def cache_teacher(
     if getattr(model, "hf_device_map", None) is None:
         model.to(device=state.device, dtype=dtype)
     tokenizer = tokenizer or tokenizer_at(model.name_or_path or "")
-    layout = Layout(vocab or model.config.get_text_config().vocab_size, top_k, samples, temperature)
+    layout = Layout(vocab or outcomes(model), top_k, samples, temperature)
     source = Source(Teacher(model, layout.vocab), data_collator, batch_size)
     header = Header(
         format=FORMAT,
