@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from growlib.errors import GrowError
-from growlib.ki.loss import KILoss, as_targets, listed_weights, product
+from growlib.ki.loss import KILoss, as_targets, listed_weights
 from growlib.ki.projection import Projection
-from growlib.ki.targets import Source, Targets, rows_of
+from growlib.ki.targets import Source, Targets, product, rows_of
 
 CHUNK_BYTES = 1 << 27  # of float32 logits at once
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from growlib.errors import GrowError
-from growlib.ki.targets import Targets
+from growlib.ki.targets import Targets, product
 
 
 class KILoss(NamedTuple):
@@ -116,11 +116,6 @@ def listed_weights(targets: Targets) -> tuple[Tensor, Tensor]:
         assert targets.tail is not None
         constant = constant + product(targets.tail.exp(), targets.tail)
     return log_w, constant
-
-
-def product(weight: Tensor, log: Tensor) -> Tensor:
-    """weight · log, 0 where the weight is 0 and the log infinite."""
-    return weight * log.masked_fill(weight == 0, 0.0)
 
 
 def mix(ce: Tensor, kd: Tensor, alpha: float | Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class Targets:
         if keys is None:
             keys = torch.arange(source.shape[0], device=head.tail.device)
         for number, (ids, logits) in enumerate(_tiles(source, tile, temperature)):
-            head.take(ids, logits, uniforms(seed, keys, number, 2 * samples))
+            head.take(ids, logits, uniforms(seed, keys, number, 4 * samples))
         log_z = head.normaliser
         tail = head.tail - log_z[:, 0]
         weights = (tail - math.log(samples))[:, None].expand(-1, samples)
@@ -123,7 +123,7 @@ class Targets:
             source.shape[1],
             torch.cat([head.ids, head.draws], 1),
             tail,
-            log_z[:, 0] - head.mean,
+            head.entropy,
             "sampled",
             temperature,
             samples,
@@ -294,8 +294,8 @@ def _tiles(source: Tensor | Projection, tile: int, temperature: float) -> Iterat
     for start in range(0, vocab, tile):
         stop = min(start + tile, vocab)
         part = source[:, start:stop] if isinstance(source, Tensor) else source.tokens(start, stop).logits()
-        part = part.detach().to(torch.promote_types(part.dtype, torch.float32)) / temperature
-        yield torch.arange(start, stop, device=part.device), part
+        part = part.detach().to(torch.promote_types(part.dtype, torch.float32))
+        yield torch.arange(start, stop, device=part.device), part if temperature == 1.0 else part / temperature
 
 
 class _Head:
@@ -304,7 +304,7 @@ class _Head:
     Attributes:
         logits, ids: [N, K], the largest so far.
         tail: [N], log Σ exp of all others.
-        mean: [N], the mean logit under the softmax of all so far.
+        tail_mean: [N], the mean logit under the softmax of the tail; there with draws.
         draws: [N, M], ids drawn from the tail in proportion to its probabilities.
     """
 
@@ -317,7 +317,7 @@ class _Head:
         self.logits = torch.full((positions, k), -torch.inf, **floating)  # type: ignore[call-overload]
         self.ids = torch.zeros((positions, k), dtype=torch.int64, device=like.device)
         self.tail = torch.full((positions,), -torch.inf, **floating)  # type: ignore[call-overload]
-        self.mean = torch.zeros((positions,), **floating)  # type: ignore[call-overload]
+        self.tail_mean = torch.zeros((positions,), **floating)  # type: ignore[call-overload]
         self.draws = torch.zeros((positions, samples), dtype=torch.int64, device=like.device)
 
     @property
@@ -325,22 +325,45 @@ class _Head:
         """log Σ exp of everything so far, [N, 1]."""
         return torch.logaddexp(self.tail, self.logits.logsumexp(1))[:, None]
 
+    @property
+    def entropy(self) -> Tensor:
+        """Of the distribution over everything so far, [N], nats."""
+        log_z = self.normaliser
+        head = product((self.logits - log_z).exp(), self.logits).sum(1)
+        return log_z[:, 0] - head - (self.tail - log_z[:, 0]).exp() * self.tail_mean
+
     @torch.no_grad()
     def take(self, ids: Tensor, logits: Tensor, random: Tensor | None) -> None:
-        """Add a tile: ids [w], logits [N, w]; `random` [N, 2 M] uniforms where draws are wanted."""
-        before, tile = self.normaliser[:, 0], logits.logsumexp(1)
-        share = torch.exp(tile - torch.logaddexp(before, tile))
-        self.mean += share * ((logits - tile[:, None]).exp().mul(logits).sum(1) - self.mean)
-        rest = torch.cat([self.logits, logits], 1)
-        rest_ids = torch.cat([self.ids, ids.expand(len(logits), -1)], 1)
-        self.logits, chosen = rest.topk(self.logits.shape[1], dim=1)
-        self.ids = rest_ids.gather(1, chosen)
-        rest.scatter_(1, chosen, -torch.inf)
-        tail = rest.logsumexp(1)
-        self.tail = torch.logaddexp(self.tail, tail)
-        if random is not None:
-            replaced, place = random.chunk(2, dim=1)
-            cumulated = (rest - tail[:, None]).exp().nan_to_num(0.0).double().cumsum(1)  # NaN: nothing in the tail
-            found = torch.searchsorted(cumulated, place * cumulated[:, -1:], right=True).clamp_(max=rest.shape[1] - 1)
-            probability = (tail - self.tail).exp().nan_to_num(0.0)  # of the tile in the tail so far
-            self.draws = torch.where(replaced < probability[:, None], rest_ids.gather(1, found), self.draws)
+        """Add a tile: ids [w], logits [N, w]; `random` [N, 4 M] uniforms where draws are wanted."""
+        k = self.logits.shape[1]
+        best, place = logits.topk(min(k, len(ids)), dim=1)
+        candidates, candidate_ids = torch.cat([self.logits, best], 1), torch.cat([self.ids, ids[place]], 1)
+        self.logits, chosen = candidates.topk(k, dim=1)
+        self.ids = candidate_ids.gather(1, chosen)
+        never, left = (None, None) if random is None else random.chunk(2, dim=1)
+        self._into_tail(ids.expand(len(logits), -1), logits.scatter(1, place, -torch.inf), never)
+        self._into_tail(candidate_ids, candidates.scatter_(1, chosen, -torch.inf), left)
+
+    def _into_tail(self, ids: Tensor, logits: Tensor, random: Tensor | None) -> None:
+        """Add ids [N, w] with logits [N, w], of which those at -inf are not there; `random` [N, 2 M]."""
+        if logits.shape[1] == 0:
+            return
+        ceiling = logits.amax(1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+        shifted = logits.sub_(ceiling)
+        weights = shifted.exp()
+        mass = ceiling[:, 0] + weights.sum(1).log()
+        self.tail = torch.logaddexp(self.tail, mass)
+        if random is None:
+            return
+        share = (mass - self.tail).exp().nan_to_num_(0.0)  # of these in the tail so far; NaN: it is empty
+        mean = ceiling[:, 0] + torch.linalg.vecdot(weights, shifted.clamp_(min=-1e4)) / weights.sum(1).clamp(min=1.0)
+        self.tail_mean += share * (mean - self.tail_mean)
+        replaced, place = random.chunk(2, dim=1)
+        cumulated = weights.cumsum(1, dtype=torch.float64)
+        found = torch.searchsorted(cumulated, place * cumulated[:, -1:], right=True).clamp_(max=ids.shape[1] - 1)
+        self.draws = torch.where(replaced < share[:, None], ids.gather(1, found), self.draws)
+
+
+def product(weight: Tensor, log: Tensor) -> Tensor:
+    """weight · log, 0 where the weight is 0 and the log infinite."""
+    return weight * log.masked_fill(weight == 0, 0.0)

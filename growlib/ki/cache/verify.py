@@ -14,8 +14,7 @@ from growlib.ki.cache import hashes
 from growlib.ki.cache.capture import Collator, Source
 from growlib.ki.cache.examples import draw_keys
 from growlib.ki.cache.reader import TeacherCache
-from growlib.ki.loss import product
-from growlib.ki.targets import Targets
+from growlib.ki.targets import Targets, product
 from growlib.ki.teacher import Teacher, load_teacher
 
 
