@@ -8,39 +8,69 @@ import bench_ki
 import domain_adaptation
 import estimators
 import generations
+import ki_ablations
 import teacher_factors
+from base import study
 from base.domains import split
 
 MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\nevaluations = 1\n'
 
 
 @pytest.mark.parametrize(
-    ("recipe", "options", "count"),
-    [
-        (generations, [], 7),
-        (domain_adaptation, ["--shares", "1", "8"], 10),
-        (teacher_factors, [], 13),
-        (estimators, [], 6),
-    ],
+    ("recipe", "count"),
+    [(generations, 7), (domain_adaptation, 38), (teacher_factors, 13), (estimators, 6), (ki_ablations, 18)],
 )
-def test_a_recipe_runs_and_a_second_run_uses_its_models(recipe, options, count, tmp_path):
+def test_a_study_runs_and_a_second_run_uses_its_models(recipe, count, tmp_path):
     preset = tmp_path / "preset.toml"
     preset.write_text(MINIATURE)
     out = tmp_path / "out"
-    arguments = ["--preset", str(preset), "--out", str(out), *options]
+    arguments = ["--preset", str(preset), "--out", str(out)]
     assert recipe.main(arguments) == 0
-    results = json.loads((out / "results.json").read_text())["results"]
+    content = json.loads((out / "results.json").read_text())
+    assert content["setting"]["seeds"] == [0]
+    results = content["results"]
     assert len(results) == count
-    if recipe is estimators:
-        assert all(0 < angle < 90 for row in results.values() for angle in row["angles"].values())
-    else:
-        losses = [loss for row in results.values() for loss in (row.values() if isinstance(row, dict) else [row])]
+    if recipe is not estimators:
+        losses = [loss for row in results.values() for name, (loss,) in row.items() if name != "gain"]
         assert all(4 < loss < 7 for loss in losses)  # log 320 = 5.8 at the start
-        assert len(set(losses)) > 0.8 * len(losses)
+        assert len(set(losses)) > 0.7 * len(losses)
     assert (out / "report.md").read_text().count("\n| ") == count + 1
     before = {path: path.stat().st_mtime_ns for path in (out / "models").rglob("*")}
     assert recipe.main(arguments) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (out / "models").rglob("*")}
+
+
+def test_a_study_is_of_as_many_seeds_as_asked(tmp_path, capsys):
+    def one_seed(setting, _folder):
+        return {"row": {"loss": 1.0 + setting.seed, "bytes": 8}, "other": {"loss": 2.0}}
+
+    assert study.main("", "A study", one_seed, ["--seed", "3", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["results"]["row"] == {
+        "loss": [4.0, 5.0],
+        "bytes": [8, 8],
+    }
+    assert "| row | 4.500 ± 0.707 | 8 |" in (tmp_path / "report.md").read_text()
+    assert study.main("", "A study", one_seed, ["--seeds", "0"]) == 2
+    assert "1 or more of them" in capsys.readouterr().err
+
+
+def test_sparse_targets_of_a_real_model_point_where_the_whole_distribution_points(tmp_path):
+    """A head with draws beats a top-K of more bytes, and its angle falls with the positions; a top-K's does not.
+
+    The table is OUT/report.md; docs/ki-cache.md has it from longer training.
+    """
+    preset = tmp_path / "preset.toml"
+    preset.write_text('extends = "demo"\n[text]\nmax_bytes = 600_000\nheld_out_tokens = 4096\n[training]\nsteps = 80\n')
+    assert estimators.main(["--preset", str(preset), "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    angles = {name: [row["1024"][0], row["4096"][0]] for name, row in results.items()}
+    for draws, top_k in (("16 exact, 12 draws", "28"), ("4 exact, 6 draws", "10")):
+        for name, row in results.items():
+            if name.startswith(f"top-{top_k}"):
+                assert results[draws]["bytes"] < row["bytes"]
+                assert angles[draws][1] < 0.5 * angles[name][1]
+        assert angles[draws][1] < 0.8 * angles[draws][0]
+    assert angles["top-28, bucket"][1] > 0.9 * angles["top-28, bucket"][0]
 
 
 def test_code_and_prose_are_told_apart():

@@ -71,9 +71,14 @@ def table(results: Results) -> list[tuple[str, ...]]:
     columns = list(dict.fromkeys(column for row in results.values() for column in row))
     rows: list[tuple[str, ...]] = [("", *columns)]
     for name, row in results.items():
-        cells = ["" if c not in row else shown(mean_and_deviation(row[c]), "{:.3f}") for c in columns]
-        rows.append((name, *cells))
+        rows.append((name, *(_cell(row[column]) if column in row else "" for column in columns)))
     return rows
+
+
+def _cell(values: list[float]) -> str:
+    if all(isinstance(value, int) for value in values) and len(set(values)) == 1:  # a size, not a measurement
+        return str(values[0])
+    return shown(mean_and_deviation(values), "{:.3f}")
 
 
 def environment() -> dict[str, str | int]:
