@@ -1,22 +1,30 @@
-"""What does Knowledge Inheritance cost? Ratios within one run, and how fast a cache is read.
+"""What does Knowledge Inheritance cost? Ratios within one run, of time and of memory, and how fast a cache is read.
 
-    python recipes/bench_ki.py                            # 1 core, about a minute
-    python recipes/bench_ki.py --vocab 151936 --hidden 2048 --positions 8192      # a GPU
+    python recipes/bench_ki.py                   # 2 CPU cores, 3 minutes
+    python recipes/bench_ki.py --sizes 300m      # one GPU; 1b too
 
-    loss     forward and backward of the loss alone, against the chunked cross-entropy of the same code path
-             (alpha 0 of `linear_ki_loss`), and against transformers' way, whole logits and F.cross_entropy
-    reading  positions per second from a cache of random records, one process, files in the page cache
+    loss     forward and backward of the loss alone, with gradients of hidden states and head, against the chunked
+             cross-entropy of the same code path (alpha 0 of `linear_ki_loss`). Beside it: transformers' way (whole
+             logits), TRL's chunked divergence and Liger's fused cross-entropy where they are installed and run.
+    step     a whole step of training against the stock Trainer's: switched off, from a cache, with the teacher beside
+             it. Two students that take turns, so that a machine that slows down slows both.
+    reading  positions per second from a cache of random records, one process, files in the page cache.
 
-Prints a table; --out writes it as JSON. Times are the median of --repeats; memory is the peak on a GPU only.
+Times are medians over --rounds, and a form that is measured twice says how large the noise is. Memory is the peak above
+what was there before; on a CPU, of the tensors that PyTorch's dispatcher sees. --out writes all of it as JSON.
 """
 
 import argparse
+import dataclasses
+import gc
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,127 +32,310 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from growlib.ki import Targets, TeacherCache, ki_loss, linear_ki_loss
+from base.command import guarded, say
+from base.report import as_text
+from base.study import environment
+from growlib import KIConfig, KITrainer, cache_teacher
+from growlib.ki import Projection, Targets, TeacherCache, ki_loss, linear_ki_loss
+from growlib.ki.cache.data import Blocks
 from growlib.ki.cache.examples import examples_of
 from growlib.ki.cache.shards import FORMAT, Header, shard_path, write_header, write_shard
 
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--positions", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=50257)
-    parser.add_argument("--chunk", type=int, help="positions at once (default: the library's)")
-    parser.add_argument("--top-k", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--examples", type=int, default=400, help="of 512 tokens, in the cache that is read")
-    parser.add_argument("--out", type=Path)
-    return parser.parse_args(arguments)
+Row = dict[str, float]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
-def measure(work: Callable[[], Any], repeats: int, device: torch.device) -> tuple[float, int]:
-    """(median seconds, peak bytes above what was there; 0 on a CPU)."""
-    cuda = device.type == "cuda"
-    work()
-    before = torch.cuda.memory_allocated() if cuda else 0
-    if cuda:
+@dataclass(frozen=True)
+class Sizes:
+    """Of the loss, of the step, and of the cache."""
+
+    positions: int  # of the loss alone
+    vocab: int
+    hidden: int  # of the student
+    layers: int
+    ffn: int
+    teacher_hidden: int
+    teacher_layers: int
+    teacher_ffn: int
+    batch: int
+    length: int
+    steps: int  # of each training that is timed
+    rounds: int
+    examples: int  # of 512 tokens, in the cache that is read
+
+
+SIZES = {
+    "cpu": Sizes(1024, 16384, 256, 4, 704, 128, 2, 352, 8, 128, 6, 5, 400),
+    "300m": Sizes(8192, 32768, 1024, 20, 2816, 512, 10, 1408, 16, 1024, 12, 3, 400),
+    "1b": Sizes(8192, 32768, 2048, 18, 5632, 1024, 9, 2816, 4, 2048, 12, 3, 400),
+    "tiny": Sizes(32, 64, 16, 1, 24, 8, 1, 16, 2, 16, 4, 1, 20),  # for CI
+}
+TOP_K, SAMPLES = 16, 12
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Allocated(TorchDispatchMode):
+    """The bytes of the tensors that were made while this lasts, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tree_map_only(Tensor, lambda tensor: self._meet(tensor, 0), (args, kwargs))
+        made = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, lambda tensor: self._meet(tensor, tensor.untyped_storage().nbytes()), made)
+        return made
+
+    def _meet(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._leave, storage._cdata, size)
+
+    def _leave(self, place: int, size: int) -> None:
+        self.known.discard(place)
+        self.now -= size
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most memory that a piece of work took beside what was there before."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
         work()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), torch.cuda.max_memory_allocated() - before if cuda else 0
+        return torch.cuda.max_memory_allocated() - before
+    with Allocated() as allocated:
+        work()
+    return allocated.peak
 
 
-def bench_loss(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
-    """Every form of the loss on the same student, with gradients of hidden states and head."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def ratios(seconds: Mapping[str, list[float]]) -> dict[str, Row]:
+    """Median seconds of each form, and the median over rounds of its ratio to the first."""
+    base = next(iter(seconds.values()))
+    return {
+        name: {
+            "seconds": statistics.median(times),
+            "ratio": statistics.median(time / first for time, first in zip(times, base, strict=True)),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def loss_forms(sizes: Sizes) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor]]:
+    """Every form of the loss on the same student, and what has a gradient."""
     torch.manual_seed(0)
-    like: dict[str, Any] = {"device": device, "dtype": dtype}
-    hidden = torch.randn(options.positions, options.hidden, **like).requires_grad_()
-    weight = (torch.randn(options.vocab, options.hidden, **like) / options.hidden**0.5).requires_grad_()
-    labels = torch.randint(options.vocab, (options.positions,), device=device)
-    teacher = 2 * torch.randn(options.positions, options.vocab, **like)
-    top_k = Targets.top_k(teacher, options.top_k)
-    sampled = Targets.sample(teacher, options.top_k, options.samples)
+    like: dict[str, Any] = {"device": DEVICE, "dtype": DTYPE}
+    hidden = torch.randn(sizes.positions, sizes.hidden, **like).requires_grad_()
+    weight = (torch.randn(sizes.vocab, sizes.hidden, **like) / sizes.hidden**0.5).requires_grad_()
+    labels = torch.randint(sizes.vocab, (sizes.positions,), device=DEVICE)
+    states = torch.randn(sizes.positions, sizes.teacher_hidden, **like)
+    head = 2 * torch.randn(sizes.vocab, sizes.teacher_hidden, **like) / sizes.teacher_hidden**0.5
+    teacher = Projection(states, head)
+    logits = states @ head.T
+    bucket, draws = Targets.top_k(logits, TOP_K), Targets.sample(logits, TOP_K, SAMPLES)
 
     def linear(targets: Any, alpha: float) -> Callable[[], Tensor]:
-        return lambda: linear_ki_loss(hidden, weight, labels, targets, alpha=alpha, chunk=options.chunk).loss
+        return lambda: linear_ki_loss(hidden, weight, labels, targets, alpha=alpha).loss
 
-    forms: dict[str, Callable[[], Tensor]] = {
-        "chunked CE": linear(top_k.treated("none"), 0.0),
-        "chunked CE + cached top-K, bucket": linear(top_k, 0.5),
-        "chunked CE + cached head and draws": linear(sampled, 0.5),
-        "chunked CE + dense teacher logits": linear(teacher, 0.5),
-        "whole logits, CE": lambda: F.cross_entropy((hidden @ weight.T).float(), labels),
-        "whole logits, CE + full KL": lambda: ki_loss(hidden @ weight.T, labels, teacher, alpha=0.5).loss,
+    forms = {
+        "chunked CE": linear(bucket.treated("none"), 0.0),
+        "chunked CE, again": linear(bucket.treated("none"), 0.0),
+        "CE + cached top-16, bucket": linear(bucket, 0.5),
+        "CE + cached 16 and 12 draws": linear(draws, 0.5),
+        "CE + teacher's states and head": linear(teacher, 0.5),
+        "CE + teacher's logits": linear(logits, 0.5),
+        "whole logits: CE": lambda: F.cross_entropy((hidden @ weight.T).float(), labels),
+        "whole logits: CE + full KL": lambda: ki_loss(hidden @ weight.T, labels, logits, alpha=0.5).loss,
     }
-    rows: dict[str, dict[str, float]] = {}
-    for name, form in forms.items():
+    try:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    except ImportError:
+        say("TRL is not installed: its chunked divergence is left out.")
+    else:
+        apply = ChunkedDivergenceFunction.apply
+        forms["TRL's chunked KL (no CE)"] = lambda: apply(hidden, weight, None, states, head, None, 0.0)[0].mean()
+    if DEVICE.type == "cuda":
+        try:
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        except ImportError:
+            say("Liger is not installed: its fused cross-entropy is left out.")
+        else:
+            fused = LigerFusedLinearCrossEntropyLoss()
+            forms["Liger's fused CE"] = lambda: fused(weight, hidden, labels)
+    return forms, [hidden, weight]
 
-        def step(form: Callable[[], Tensor] = form) -> None:
-            hidden.grad = weight.grad = None
-            form().backward()
 
-        seconds, peak = measure(step, options.repeats, device)
-        first = next(iter(rows.values()), {"seconds": seconds})
-        rows[name] = {"seconds": seconds, "ratio": seconds / first["seconds"], "peak_bytes": peak}
-    return rows
+def bench_loss(sizes: Sizes) -> dict[str, Row]:
+    """Each form once a round."""
+    forms, inputs = loss_forms(sizes)
+
+    def run(form: Callable[[], Tensor]) -> None:
+        for tensor in inputs:
+            tensor.grad = None
+        form().backward()
+        synchronize()
+
+    peaks = {name: peak_bytes(lambda form=form: run(form)) for name, form in forms.items()}  # type: ignore[misc]
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(3 * sizes.rounds):
+        for name, form in forms.items():
+            start = time.perf_counter()
+            run(form)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: {**row, "peak_bytes": peaks[name]} for name, row in ratios(seconds).items()}
 
 
-def bench_reading(options: argparse.Namespace) -> dict[str, float]:
+class StepTimes(TrainerCallback):
+    """Seconds from the end of a step to the end of the next, the first two left out."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        synchronize()
+        self.ends.append(time.perf_counter())
+
+    @property
+    def median(self) -> float:
+        return statistics.median(np.diff(self.ends)[1:])
+
+
+def model(sizes: Sizes, hidden: int, layers: int, ffn: int, seed: int) -> PreTrainedModel:
+    """A Llama of random values, heads of 64."""
+    torch.manual_seed(seed)
+    heads = max(hidden // 64, 1)
+    config = LlamaConfig(
+        vocab_size=sizes.vocab, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=ffn,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=sizes.length,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def bench_step(sizes: Sizes, folder: Path) -> dict[str, Row]:
+    """A few steps of each arm a round, from the same student on the same text."""
+    teacher = model(sizes, sizes.teacher_hidden, sizes.teacher_layers, sizes.teacher_ffn, 1)
+    rows = np.random.default_rng(0).integers(0, sizes.vocab, (sizes.steps * sizes.batch, sizes.length))
+    text = Blocks(rows)
+    cache_teacher(teacher, text, folder / "cache", top_k=TOP_K, samples=SAMPLES, batch_size=sizes.batch)
+    constant: dict[str, Any] = {"schedule": "constant", "stop_at": None}
+    arms: dict[str, KIConfig | None] = {
+        "stock Trainer": None,
+        "stock Trainer, again": None,
+        "switched off": KIConfig(teacher=folder / "cache", alpha=0.0, **constant),
+        "from a cache": KIConfig(teacher=folder / "cache", alpha=0.5, **constant),
+        "teacher beside it": KIConfig(teacher=teacher, alpha=0.5, **constant),
+    }
+    arguments = TrainingArguments(
+        str(folder), max_steps=sizes.steps, per_device_train_batch_size=sizes.batch, report_to="none",
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, bf16=DEVICE.type == "cuda",
+        use_cpu=DEVICE.type == "cpu", dataloader_pin_memory=DEVICE.type == "cuda",
+    )  # fmt: skip
+    student = model(sizes, sizes.hidden, sizes.layers, sizes.ffn, 0)
+
+    def train(ki: KIConfig | None) -> float:
+        times = StepTimes()
+        common: dict[str, Any] = {"model": student, "args": arguments, "train_dataset": text, "callbacks": [times]}
+        trainer = Trainer(**common) if ki is None else KITrainer(**common, ki=ki)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return times.median
+
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(sizes.rounds):
+        for name, ki in arms.items():
+            seconds[name].append(train(ki))
+    peaks = {name: peak_bytes(lambda ki=ki: train(ki)) for name, ki in arms.items()}  # type: ignore[misc]
+    size = sum(parameter.numel() for parameter in student.parameters())
+    of_teacher = sum(parameter.numel() for parameter in teacher.parameters())
+    say(f"step: student {size:,} parameters, teacher {of_teacher:,}")
+    return {name: {**row, "peak_bytes": peaks[name]} for name, row in ratios(seconds).items()}
+
+
+def bench_reading(sizes: Sizes, folder: Path) -> Row:
     """A cache of random records, read in shuffled batches of 16."""
     length, random = 512, np.random.default_rng(0)
-    ids = torch.from_numpy(random.integers(0, options.vocab, (options.examples, length)))
+    ids = torch.from_numpy(random.integers(0, sizes.vocab, (sizes.examples, length)))
     rows = [{"input_ids": row[None], "labels": row[None]} for row in ids]
-    sizes: dict[str, Any] = {"vocab": options.vocab, "top_k": options.top_k, "samples": options.samples}
     header = Header(
-        FORMAT, "random", None, "causal", **sizes, temperature=1.0, seed=0, examples=len(rows), dataset="random",
-        shard_examples=len(rows), batch_size=1, held_out_ce=None,
+        FORMAT, "random", None, "causal", sizes.vocab, TOP_K, SAMPLES, temperature=1.0, seed=0, examples=len(rows),
+        dataset="random", shard_examples=len(rows), batch_size=1, held_out_ce=None,
     )  # fmt: skip
     width = header.layout.bytes_per_position
-    with tempfile.TemporaryDirectory() as folder:
-        write_header(Path(folder), header)
-        found = [examples_of(row, "causal")[0] for row in rows]
-        records = [random.integers(0, 100, (example.counted, width), np.uint8) for example in found]
-        shard = [(example.digest, 0.0, part) for example, part in zip(found, records, strict=True)]
-        write_shard(shard_path(Path(folder), 0), header.key, shard)
-        cache = TeacherCache(folder)
-        batches = [ids[torch.from_numpy(random.permutation(options.examples)[:16])] for _ in range(20)]
-
-        def read_all() -> None:
-            for batch in batches:
-                cache.read({"input_ids": batch, "labels": batch})
-
-        seconds, _ = measure(read_all, options.repeats, torch.device("cpu"))
+    folder.mkdir()
+    write_header(folder, header)
+    found = [examples_of(row, "causal")[0] for row in rows]
+    records = [random.integers(0, 100, (example.counted, width), np.uint8) for example in found]
+    shard = [(example.digest, 0.0, part) for example, part in zip(found, records, strict=True)]
+    write_shard(shard_path(folder, 0), header.key, shard)
+    cache = TeacherCache(folder)
+    batches = [ids[torch.from_numpy(random.permutation(sizes.examples)[:16])] for _ in range(20)]
+    seconds = []
+    for _ in range(sizes.rounds + 1):
+        start = time.perf_counter()
+        for batch in batches:
+            cache.read({"input_ids": batch, "labels": batch})
+        seconds.append(time.perf_counter() - start)
     positions = sum(batch.numel() for batch in batches)
-    return {"positions_per_second": positions / seconds, "bytes_per_position": width}
+    return {"positions_per_second": positions / statistics.median(seconds[1:]), "bytes_per_position": width}
+
+
+def show(title: str, rows: Mapping[str, Row]) -> None:
+    """Print a table."""
+    table: list[tuple[str, ...]] = [(title, "ms", "ratio", "peak MiB")]
+    for name, row in rows.items():
+        table.append((name, f"{1e3 * row['seconds']:.1f}", f"{row['ratio']:.3f}", f"{row['peak_bytes'] / 2**20:.0f}"))
+    say("\n" + as_text(table))
+
+
+def run(options: argparse.Namespace) -> None:
+    """All three."""
+    sizes = SIZES[options.sizes]
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    report: dict[str, Any] = {"sizes": dataclasses.asdict(sizes), "environment": {**environment(), "device": device}}
+    with tempfile.TemporaryDirectory() as folder:
+        report["reading"] = bench_reading(sizes, Path(folder) / "reading")
+        say(
+            "reading: {positions_per_second:,.0f} positions/s of {bytes_per_position} bytes".format(**report["reading"])
+        )
+        report["loss"] = bench_loss(sizes)
+        show(f"loss: {sizes.positions} positions, hidden {sizes.hidden}, vocabulary {sizes.vocab}", report["loss"])
+        report["step"] = bench_step(sizes, Path(folder))
+        show(f"step: {sizes.batch} x {sizes.length} tokens", report["step"])
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run both and print."""
-    options = parse(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reading = bench_reading(options)
-    print(f"reading: {reading['positions_per_second']:,.0f} positions/s, {reading['bytes_per_position']} bytes each")
-    loss = bench_loss(options, device)
-    print(f"loss: {options.positions} positions, hidden {options.hidden}, vocabulary {options.vocab}, {device.type}")
-    for name, row in loss.items():
-        memory = f"  {row['peak_bytes'] / 2**20:8.0f} MiB" if device.type == "cuda" else ""
-        print(f"  {name:36} {1e3 * row['seconds']:9.1f} ms  {row['ratio']:5.2f}{memory}")
-    if options.out:
-        setting = {name: value for name, value in vars(options).items() if name != "out"}
-        environment = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
-        report = {"setting": setting, "environment": environment, "reading": reading, "loss": loss}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    """Run the benchmark; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", choices=SIZES, default="cpu", help="a row of SIZES in this file (default: cpu)")
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    options = parser.parse_args(arguments)
+    return guarded(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def _chunk_loss(
     counts = labels >= 0
     at_label = labels.clamp(min=0)[:, None]
     label_logits = logits.gather(1, at_label)[:, 0]
-    together = targets.temperature == 1.0 and targets.vocab == logits.shape[1] and targets.ids is not None
+    together = targets.temperature == 1.0 and targets.vocab == logits.shape[1]  # one softmax serves both terms
     scaled = logits if together else logits[:, : targets.vocab] / targets.temperature
     kl = _kl(scaled, targets)
     log_z = kl.log_z if together else logits.logsumexp(1)
@@ -241,17 +241,16 @@ def _chunk_loss(
     if not with_gradient:
         return sums, None
     on_ce, on_kd = ((1 - weight) * counts)[:, None], (weight * targets.temperature * counts)[:, None]
-    if together:
-        assert targets.ids is not None
-        assert kl.at_ids is not None
-        gradient = logits.sub_(log_z[:, None]).exp_().mul_(on_ce + on_kd * kl.slope)
-        at_ids = on_kd * kl.at_ids
-        if kl.listed is not None:  # the listed tokens were taken out of the softmax
-            at_ids = at_ids + on_ce * kl.listed
-        gradient.scatter_add_(1, targets.ids, at_ids)
+    gradient = logits.sub_(log_z[:, None]).exp_()
+    if not together:
+        gradient.mul_(on_ce)[:, : targets.vocab] += _kl_gradient(scaled, targets, kl).mul_(on_kd)
+    elif targets.ids is None:
+        gradient.mul_(on_ce + on_kd).addcmul_(kl.added, -on_kd)
     else:
-        gradient = logits.sub_(log_z[:, None]).exp_().mul_(on_ce)
-        gradient[:, : targets.vocab] += _kl_gradient(scaled, targets, kl) * on_kd
+        added = on_kd * kl.added
+        if kl.listed is not None:  # the listed tokens were taken out of the softmax
+            added = added + on_ce * kl.listed
+        gradient.mul_(on_ce + on_kd * kl.slope).scatter_add_(1, targets.ids, added)
     return sums, gradient.scatter_add_(1, at_label, -on_ce)
 
 
@@ -265,7 +264,7 @@ def teacher_ce(targets: Targets, labels: Tensor) -> Tensor:
 
 
 class _KL(NamedTuple):
-    """The KL of n positions, and its gradient in parts: slope · softmax + what is added at the listed ids.
+    """The KL of n positions, and its gradient in parts: slope · softmax + what is added, at the listed ids or at all.
 
     Of a bucket the softmax is that of the tokens that are not listed, whose logits are all that is left.
     """
@@ -273,17 +272,17 @@ class _KL(NamedTuple):
     value: Tensor  # [n], without τ²
     log_z: Tensor  # [n], log Σ exp of the student's logits / τ
     slope: Tensor  # [n, 1]
-    at_ids: Tensor | None  # [n, K]
+    added: Tensor  # [n, K]; of dense targets [n, V], and what is taken away
     listed: Tensor | None  # [n, K], the student's probabilities; of a bucket
 
 
 def _kl(logits: Tensor, targets: Targets) -> _KL:
     """Changes the logits: those that a bucket lists become -inf."""
-    one = logits.new_ones((len(logits), 1))
     if targets.ids is None:
-        log_z = logits.logsumexp(1)
-        entropy = product(targets.logprobs.exp(), targets.logprobs).sum(1)
-        return _KL(entropy - (product(targets.logprobs.exp(), logits).sum(1) - log_z), log_z, one, None, None)
+        log_z, p = logits.logsumexp(1), targets.logprobs.exp()
+        # p · (log p - z) with 0 · -inf = 0, for a teacher that excludes tokens and for a student that does
+        log_ratio = targets.logprobs.sub(logits).masked_fill_(p == 0, 0.0)
+        return _KL(log_z + torch.linalg.vecdot(p, log_ratio), log_z, logits.new_ones((len(logits), 1)), p, None)
     log_w, constant = listed_weights(targets)
     w = log_w.exp()
     listed = logits.gather(1, targets.ids)
@@ -306,6 +305,5 @@ def _kl_gradient(logits: Tensor, targets: Targets, kl: _KL) -> Tensor:
     """d KL / d (logits / τ), [n, targets.vocab], of the logits that `_kl` has read."""
     gradient = (logits - kl.log_z[:, None]).exp()
     if targets.ids is None:
-        return gradient.sub_(targets.logprobs.exp())
-    assert kl.at_ids is not None
-    return gradient.mul_(kl.slope).scatter_add_(1, targets.ids, kl.at_ids)
+        return gradient.sub_(kl.added)
+    return gradient.mul_(kl.slope).scatter_add_(1, targets.ids, kl.added)
