@@ -9,12 +9,12 @@ import signal
 import threading
 import time
 
+import datasets
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from ki_tiny import MAKERS, VOCAB, CountForwards, arguments, bert, collate, examples, llama, parameters, train
 from test_ki_teacher import tokenizer
+from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithFlattening
 
@@ -22,7 +22,6 @@ from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki import MaskedExamples, Targets, TeacherCache, verify_cache
 from growlib.ki.cache.data import padded
 from growlib.ki.cache.examples import examples_of
-from growlib.ki.cache.records import Layout
 
 ROWS = examples(40)
 
@@ -34,57 +33,6 @@ def write(folder, model=None, rows=ROWS, **options):
 
 def bytes_of(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-
-@pytest.mark.parametrize(
-    ("vocab", "options", "size"),
-    [
-        (50_257, {"top_k": 16, "samples": 12}, 92),
-        (151_936, {"top_k": 16, "samples": 12}, 104),
-        (1 << 20, {"top_k": 16, "samples": 12}, 104),
-        (262_400, {"top_k": 4, "samples": 6}, 38),
-        (151_936, {"top_k": 50, "samples": 0}, 202),
-    ],
-)
-def test_a_record_has_the_promised_size(vocab, options, size):
-    assert Layout(vocab, temperature=1.0, **options).bytes_per_position == size
-
-
-@given(
-    vocab=st.sampled_from([3, 1000, 1 << 16, (1 << 16) + 1, (1 << 18) + 7, 1 << 22]),
-    top_k=st.integers(0, 3),
-    samples=st.integers(0, 4),
-    positions=st.integers(0, 5),
-    seed=st.integers(0, 99),
-)
-def test_records_keep_ids_exactly_and_probabilities_to_their_step(vocab, top_k, samples, positions, seed):
-    if top_k + samples == 0:
-        return
-    layout = Layout(vocab, top_k, samples, 1.0)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocab, (positions, top_k + samples), generator=generator)
-    ids[:1] = vocab - 1
-    tail = -8 * torch.rand(positions, generator=generator)
-    logprobs = -24 * torch.rand(positions, top_k + samples, generator=generator)
-    logprobs[:, top_k:] = (tail - torch.tensor(float(max(samples, 1))).log())[:, None]
-    entropy = 11 * torch.rand(positions, generator=generator) if samples else None
-    targets = Targets(logprobs, vocab, ids, tail, entropy, "sampled" if samples else "bucket", 1.0, samples)
-    records = layout.encode(targets)
-    assert records.shape == (positions, layout.bytes_per_position)
-    back = layout.decode(records)
-    assert torch.equal(back.ids, ids)
-    step = 24 / layout.steps
-    torch.testing.assert_close(back.logprobs[:, :top_k], logprobs[:, :top_k], rtol=0, atol=0.51 * step + 4e-6)
-    torch.testing.assert_close(back.logprobs[:, top_k:], logprobs[:, top_k:], rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(back.tail, tail, rtol=1e-3, atol=1e-6)
-    assert (back.treatment, back.draws, back.vocab) == (targets.treatment, samples, vocab)
-    if samples:
-        torch.testing.assert_close(back.entropy, entropy, rtol=1e-3, atol=1e-6)
-
-
-def test_more_than_22_bits_of_ids_are_refused():
-    with pytest.raises(GrowError, match="at most 4194304 ids"):
-        Layout((1 << 22) + 1, 4, 0, 1.0)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -143,6 +91,39 @@ def test_a_second_call_continues_and_a_finished_cache_is_left_alone(tmp_path):
     write(folder)
     assert bytes_of(folder) == before
     assert all(times[p] == p.stat().st_mtime_ns for p in times if p.name != "shard-00001.safetensors")
+
+
+class Stream(IterableDataset):
+    """Rows in their order, `short` of them missing from the second reading on."""
+
+    def __init__(self, short=0):
+        self.short, self.readings = short, 0
+
+    def __iter__(self):
+        self.readings += 1
+        yield from ROWS[: len(ROWS) - (self.short if self.readings > 1 else 0)]
+
+
+def test_a_dataset_without_an_index_has_the_same_cache(tmp_path):
+    expected = write(tmp_path / "rows", held_out=ROWS)
+    stream = datasets.Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in ROWS]).to_iterable_dataset()
+    for name, rows in (("torch", Stream()), ("datasets", stream.with_format("torch"))):
+        folder = tmp_path / name
+        cache = write(folder, rows=rows, held_out=rows)
+        assert bytes_of(folder) == bytes_of(expected.path)
+        (folder / "shard-00001.safetensors").unlink()
+        write(folder, rows=rows, held_out=rows)
+        assert bytes_of(folder) == bytes_of(expected.path)
+        assert verify_cache(folder, llama(1, hidden=8), rows, data_collator=collate).identical > 0.9
+    student = llama(0)
+    trainer = train(tmp_path / "out", student, KIConfig(teacher=cache.path), Stream(), max_steps=4)
+    assert trainer.state.global_step == 4
+
+
+def test_a_dataset_that_shrinks_is_named_and_leaves_whole_shards(tmp_path):
+    with pytest.raises(GrowError, match="had 40 examples, and no number 39 when it was read again"):
+        write(tmp_path / "cache", rows=Stream(short=1))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_killed_twenty_times_it_ends_with_the_bytes_of_an_undisturbed_one(tmp_path):
@@ -259,8 +240,8 @@ def test_a_cache_that_does_not_fit_the_student_is_refused(tmp_path, student, opt
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"rows": iter(ROWS)}, "without a length"),
-        ({"rows": []}, "without a length, an index or examples"),
+        ({"rows": iter(ROWS)}, "a list_iterator, which cannot be read twice"),
+        ({"rows": []}, "the dataset has no examples"),
         ({"rows": [{"input_ids": row["input_ids"]} for row in ROWS]}, "no labels"),
         ({"top_k": VOCAB + 1}, f"0 to {VOCAB}"),
         ({"temperature": 0.0}, "positive"),

@@ -1,7 +1,8 @@
 """Run a teacher over a dataset once, and keep what it says."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_
 
 from growlib.errors import GrowError
 from growlib.ki.cache import hashes
+from growlib.ki.cache.data import Examples, batched
 from growlib.ki.cache.examples import Example, draw_keys, examples_of
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.cache.records import Layout
@@ -53,8 +55,9 @@ def cache_teacher(
 
     Args:
         teacher: as in `KIConfig`.
-        dataset: of examples as the Trainer takes them, with a length and an index; a masked language model's masks
-            must not change from one call to the next (`MaskedExamples`).
+        dataset: of examples as the Trainer takes them, with an index, or iterable (it is then read from its beginning
+            three times); a masked language model's masks must not change from one reading to the next
+            (`MaskedExamples`).
         path: a folder, new or of an interrupted call.
         top_k: exact tokens per position.
         samples: draws per position from the rest; 0: none, and the rest is a bucket.
@@ -70,13 +73,11 @@ def cache_teacher(
         dtype: what the teacher is cast to.
 
     Raises:
-        GrowError: the dataset has no length, the settings cannot be, or the folder holds another cache.
+        GrowError: the dataset can be read only once, the settings cannot be, or the folder holds another cache.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())  # the processes of accelerate or torchrun
-    for name, data in (("dataset", dataset), ("held_out", held_out)):
-        if data is not None and not (hasattr(data, "__len__") and hasattr(data, "__getitem__") and len(data)):
-            wrong = f"the {name} is a {type(data).__name__} without a length, an index or examples"
-            raise GrowError("cache_teacher", wrong, "a dataset that has them")
+    examples = Examples(dataset, "dataset")
+    held_out = None if held_out is None else Examples(held_out, "held_out")
     model: Any = teacher
     if not isinstance(teacher, PreTrainedModel):
         model = load_teacher(os.fspath(teacher), head or "causal", dtype)
@@ -95,8 +96,8 @@ def cache_teacher(
         samples=samples,
         temperature=temperature,
         seed=seed,
-        examples=len(dataset),
-        dataset=hashes.digests_hash(source.digest(dataset[number]) for number in hashes.spread(len(dataset))),
+        examples=len(examples),
+        dataset=hashes.digests_hash(map(source.digest, examples.at(hashes.spread(len(examples))))),
         shard_examples=shard_examples,
         batch_size=batch_size,
         held_out_ce=None if held_out is None else source.mean_ce(held_out),
@@ -105,19 +106,23 @@ def cache_teacher(
     if state.is_main_process:
         _begin(folder, header)
     state.wait_for_everyone()
-    _fill(folder, header, source, dataset, state)
+    _fill(folder, header, source, examples, state)
     return TeacherCache(folder)
 
 
-def _fill(folder: Path, header: Header, source: "Source", dataset: Any, state: PartialState) -> None:
+def _fill(folder: Path, header: Header, source: "Source", dataset: Examples, state: PartialState) -> None:
     """Write the shards that are missing, shared out among the processes."""
     missing = [number for number in range(header.shards) if not shard_path(folder, number).exists()]
     missing = broadcast_object_list([missing])[0]
-    mine = missing[state.process_index :: state.num_processes]
-    for number in tqdm(mine, desc="teacher", unit="shard", disable=not state.is_main_process, mininterval=1.0):
+    mine = {}
+    for number in missing[state.process_index :: state.num_processes]:
         first = number * header.shard_examples
-        numbers = range(first, min(first + header.shard_examples, len(dataset)))
-        write_shard(shard_path(folder, number), header.key, source.rows(dataset, numbers, header.layout, header.seed))
+        mine[number] = range(first, min(first + header.shard_examples, len(dataset)))
+    examples = dataset.at(chain.from_iterable(mine.values()))
+    shards = tqdm(mine.items(), desc="teacher", unit="shard", disable=not state.is_main_process, mininterval=1.0)
+    for number, numbers in shards:
+        rows = source.rows(islice(examples, len(numbers)), header.layout, header.seed)
+        write_shard(shard_path(folder, number), header.key, rows)
     state.wait_for_everyone()
 
 
@@ -171,16 +176,15 @@ class Source:
         found, labels = self.teacher.at_labels(batch)
         return found, labels.to(found.device)
 
-    def rows(self, dataset: Any, numbers: range, layout: Layout, seed: int) -> list[tuple[bytes, float, np.ndarray]]:
+    def rows(self, examples: Iterable[Any], layout: Layout, seed: int) -> list[tuple[bytes, float, np.ndarray]]:
         """(digest, teacher's summed CE, records) of each example."""
         rows = []
-        for start in range(numbers.start, numbers.stop, self.batch_size):
-            chosen = range(start, min(start + self.batch_size, numbers.stop))
-            batch = self.batch([dataset[number] for number in chosen])
-            examples = self.examples(batch, len(chosen))
-            records, ce = self.records(batch, draw_keys(examples), layout, seed)
-            ends = np.cumsum([0, *(example.counted for example in examples)])
-            for example, low, high in zip(examples, ends, ends[1:], strict=False):
+        for chosen in batched(examples, self.batch_size):
+            batch = self.batch(chosen)
+            found = self.examples(batch, len(chosen))
+            records, ce = self.records(batch, draw_keys(found), layout, seed)
+            ends = np.cumsum([0, *(example.counted for example in found)])
+            for example, low, high in zip(found, ends, ends[1:], strict=False):
                 rows.append((example.digest, float(ce[low:high].sum()), records[low:high]))
         return rows
 
@@ -206,12 +210,11 @@ class Source:
         return np.concatenate(records), np.concatenate(ce)
 
     @torch.no_grad()
-    def mean_ce(self, dataset: Any) -> float:
+    def mean_ce(self, dataset: Examples) -> float:
         """The teacher's CE over a dataset's counted positions, nats."""
         total, positions = 0.0, 0
-        for start in range(0, len(dataset), self.batch_size):
-            chosen = range(start, min(start + self.batch_size, len(dataset)))
-            source, labels = self.forward(self.batch([dataset[number] for number in chosen]))
+        for chosen in dataset.batches(self.batch_size):
+            source, labels = self.forward(self.batch(chosen))
             logits = source if isinstance(source, torch.Tensor) else source.logits()
             total += float(_ce(logits.float(), labels).sum())
             positions += int((labels < logits.shape[1]).sum())

@@ -1,18 +1,76 @@
-"""Examples from files, for the command line and for the training that uses its cache."""
+"""Examples: of any dataset that the Trainer takes, and from files, for the command line and its cache's training."""
 
 import json
 import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from growlib.errors import GrowError
 from growlib.ki.heads import IGNORE_INDEX
+
+
+class Examples:
+    """The examples of a dataset by their numbers, also of one that can only be read in order.
+
+    Args:
+        name: what the dataset is called in an error.
+
+    Raises:
+        GrowError: there are none, or they can be read only once.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset, self.name = dataset, name
+        streams = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+        if not hasattr(dataset, "__iter__" if streams else "__len__") or (streams and iter(dataset) is dataset):
+            raise GrowError(
+                "cache_teacher",
+                f"the {name} is a {type(dataset).__name__}, which cannot be read twice from its beginning",
+                "a dataset with a length and an index, or an iterable one that begins anew each time",
+            )
+        self.count = sum(1 for _ in dataset) if streams else len(dataset)
+        self.in_order = streams
+        if self.count == 0:
+            raise GrowError("cache_teacher", f"the {name} has no examples", "one that has some")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def at(self, numbers: Iterable[int]) -> Iterator[Any]:
+        """Those of rising numbers.
+
+        Raises:
+            GrowError: the dataset ends before the last of them.
+        """
+        if not self.in_order:
+            yield from (self.dataset[number] for number in numbers)
+            return
+        stream = enumerate(self.dataset)
+        for number in numbers:
+            found = next((example for place, example in stream if place == number), None)
+            if found is None:
+                wrong = f"the {self.name} had {self.count} examples, and no number {number} when it was read again"
+                raise GrowError("cache_teacher", wrong, "a dataset that is the same each time")
+            yield found
+
+    def batches(self, size: int) -> Iterator[list[Any]]:
+        """All of them, so many at once."""
+        return batched(self.at(range(len(self))), size)
+
+
+def batched(examples: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of so many, the last one shorter."""
+    source = iter(examples)
+    while batch := list(islice(source, size)):
+        yield batch
 
 
 class Blocks(Dataset):

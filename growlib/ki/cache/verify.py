@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, default_data_collator
 from growlib.errors import GrowError
 from growlib.ki.cache import hashes
 from growlib.ki.cache.capture import Collator, Source
+from growlib.ki.cache.data import Examples
 from growlib.ki.cache.examples import draw_keys
 from growlib.ki.cache.reader import TeacherCache
 from growlib.ki.targets import Targets, product
@@ -83,12 +84,13 @@ def verify_cache(
         raise GrowError(asked, "another teacher wrote it: the hash of its weights differs", "the teacher that wrote it")
     if dataset is None:
         return found
-    if len(dataset) != len(cache):
-        raise GrowError(asked, f"the dataset has {len(dataset)} examples and the cache {len(cache)}", "its dataset")
+    given = Examples(dataset, "dataset")
+    if len(given) != len(cache):
+        raise GrowError(asked, f"the dataset has {len(given)} examples and the cache {len(cache)}", "its dataset")
     source = Source(Teacher(model, header.vocab), data_collator, header.batch_size)
     same, divergences = [np.empty(0, bool)], [torch.zeros(0)]
-    for number in hashes.spread(len(dataset), sample):
-        batch = source.batch([dataset[number]])
+    for example in given.at(hashes.spread(len(given), sample)):
+        batch = source.batch([example])
         examples = source.examples(batch, 1)
         stored = np.concatenate([cache.shards[shard].example(place) for shard, place in cache.find(examples)])
         again = source.records(batch, draw_keys(examples), header.layout, header.seed)[0]
