@@ -16,15 +16,14 @@ what was there before; on a CPU, of the tensors that PyTorch's dispatcher sees. 
 
 import argparse
 import dataclasses
-import gc
 import json
 import statistics
 import sys
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -45,6 +42,7 @@ from transformers import (
 )
 
 from base.command import guarded, say
+from base.measure import DEVICE, Row, peak_bytes, ratios, synchronize
 from base.report import as_text
 from base.study import environment
 from growlib import KIConfig, KITrainer, cache_teacher
@@ -53,8 +51,6 @@ from growlib.ki.cache.data import Blocks
 from growlib.ki.cache.examples import examples_of
 from growlib.ki.cache.shards import FORMAT, Header, shard_path, write_header, write_shard
 
-Row = dict[str, float]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
@@ -84,64 +80,6 @@ SIZES = {
     "tiny": Sizes(32, 64, 16, 1, 24, 8, 1, 16, 2, 16, 4, 1, 20),  # for CI
 }
 TOP_K, SAMPLES = 16, 12
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-class Allocated(TorchDispatchMode):
-    """The bytes of the tensors that were made while this lasts, and the most there were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: set[int] = set()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tree_map_only(Tensor, lambda tensor: self._meet(tensor, 0), (args, kwargs))
-        made = function(*args, **(kwargs or {}))
-        tree_map_only(Tensor, lambda tensor: self._meet(tensor, tensor.untyped_storage().nbytes()), made)
-        return made
-
-    def _meet(self, tensor: Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._leave, storage._cdata, size)
-
-    def _leave(self, place: int, size: int) -> None:
-        self.known.discard(place)
-        self.now -= size
-
-
-def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most memory that a piece of work took beside what was there before."""
-    gc.collect()
-    if DEVICE.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with Allocated() as allocated:
-        work()
-    return allocated.peak
-
-
-def ratios(seconds: Mapping[str, list[float]]) -> dict[str, Row]:
-    """Median seconds of each form, and the median over rounds of its ratio to the first."""
-    base = next(iter(seconds.values()))
-    return {
-        name: {
-            "seconds": statistics.median(times),
-            "ratio": statistics.median(time / first for time, first in zip(times, base, strict=True)),
-        }
-        for name, times in seconds.items()
-    }
 
 
 def loss_forms(sizes: Sizes) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor]]:
@@ -234,6 +172,21 @@ def model(sizes: Sizes, hidden: int, layers: int, ffn: int, seed: int) -> PreTra
     return LlamaForCausalLM(config)
 
 
+class ChunkedTrainer(Trainer):
+    """The stock Trainer with the cross-entropy in chunks, as a fused loss has it: alpha is 0, and nobody is heard."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state[:, :-1]
+        labels = inputs["labels"][:, 1:]
+        nobody = Targets(hidden.new_zeros(labels.numel(), 1), model.config.vocab_size, labels.reshape(-1, 1) * 0)
+        nobody = dataclasses.replace(nobody, treatment="none", tail=hidden.new_zeros(labels.numel()))
+        with self.compute_loss_context_manager():
+            head = model.lm_head.weight
+            return linear_ki_loss(hidden, head, labels, nobody, alpha=0.0, num_items=num_items_in_batch).loss
+
+
 def bench_step(sizes: Sizes, folder: Path) -> dict[str, Row]:
     """A few steps of each arm a round, from the same student on the same text."""
     teacher = model(sizes, sizes.teacher_hidden, sizes.teacher_layers, sizes.teacher_ffn, 1)
@@ -241,12 +194,13 @@ def bench_step(sizes: Sizes, folder: Path) -> dict[str, Row]:
     text = Blocks(rows)
     cache_teacher(teacher, text, folder / "cache", top_k=TOP_K, samples=SAMPLES, batch_size=sizes.batch)
     constant: dict[str, Any] = {"schedule": "constant", "stop_at": None}
-    arms: dict[str, KIConfig | None] = {
-        "stock Trainer": None,
-        "stock Trainer, again": None,
-        "switched off": KIConfig(teacher=folder / "cache", alpha=0.0, **constant),
-        "from a cache": KIConfig(teacher=folder / "cache", alpha=0.5, **constant),
-        "teacher beside it": KIConfig(teacher=teacher, alpha=0.5, **constant),
+    arms: dict[str, Callable[..., Trainer]] = {
+        "stock Trainer": Trainer,
+        "stock Trainer, again": Trainer,
+        "switched off": partial(KITrainer, ki=KIConfig(teacher=folder / "cache", alpha=0.0, **constant)),
+        "CE in chunks": ChunkedTrainer,
+        "from a cache": partial(KITrainer, ki=KIConfig(teacher=folder / "cache", alpha=0.5, **constant)),
+        "teacher beside it": partial(KITrainer, ki=KIConfig(teacher=teacher, alpha=0.5, **constant)),
     }
     arguments = TrainingArguments(
         str(folder), max_steps=sizes.steps, per_device_train_batch_size=sizes.batch, report_to="none",
@@ -255,19 +209,18 @@ def bench_step(sizes: Sizes, folder: Path) -> dict[str, Row]:
     )  # fmt: skip
     student = model(sizes, sizes.hidden, sizes.layers, sizes.ffn, 0)
 
-    def train(ki: KIConfig | None) -> float:
+    def train(arm: Callable[..., Trainer]) -> float:
         times = StepTimes()
-        common: dict[str, Any] = {"model": student, "args": arguments, "train_dataset": text, "callbacks": [times]}
-        trainer = Trainer(**common) if ki is None else KITrainer(**common, ki=ki)
+        trainer = arm(model=student, args=arguments, train_dataset=text, callbacks=[times])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         return times.median
 
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(sizes.rounds):
-        for name, ki in arms.items():
-            seconds[name].append(train(ki))
-    peaks = {name: peak_bytes(lambda ki=ki: train(ki)) for name, ki in arms.items()}  # type: ignore[misc]
+        for name, arm in arms.items():
+            seconds[name].append(train(arm))
+    peaks = {name: peak_bytes(lambda arm=arm: train(arm)) for name, arm in arms.items()}  # type: ignore[misc]
     size = sum(parameter.numel() for parameter in student.parameters())
     of_teacher = sum(parameter.numel() for parameter in teacher.parameters())
     say(f"step: student {size:,} parameters, teacher {of_teacher:,}")

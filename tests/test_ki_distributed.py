@@ -48,6 +48,12 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert len(files) == 1 + 6
     assert all((one.path / name).read_bytes() == (tmp_path / "cache" / name).read_bytes() for name in files)
 
+    # Interrupted with two processes, finished by one.
+    shard = tmp_path / "cache" / files[3]
+    shard.unlink()
+    cache_teacher(teacher, rows, tmp_path / "cache", data_collator=collate, shard_examples=3, top_k=8, samples=0)
+    assert shard.read_bytes() == (one.path / files[3]).read_bytes()
+
     assert_same_steps(both, *one_process(tmp_path / "alone", KIConfig(teacher=one.path, stop_at=0.7)))
 
     model, batch = llama(0, num_hidden_layers=2), collate(rows)

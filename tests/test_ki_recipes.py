@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import bench_ki
 import domain_adaptation
@@ -12,6 +13,7 @@ import ki_ablations
 import teacher_factors
 from base import study
 from base.domains import split
+from base.measure import peak_bytes
 
 MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\nevaluations = 1\n'
 
@@ -83,11 +85,30 @@ def test_code_and_prose_are_told_apart():
     assert split("def broken(:") is None
 
 
-def test_the_benchmark_runs(tmp_path):
-    sizes = {"positions": 32, "hidden": 8, "vocab": 64, "top-k": 4, "samples": 4, "repeats": 1, "examples": 20}
+@pytest.mark.filterwarnings("ignore")  # of trl
+def test_the_benchmark_runs(tmp_path, capsys):
     out = tmp_path / "bench.json"
-    arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    assert bench_ki.main([*arguments, "--out", str(out)]) == 0
+    assert bench_ki.main(["--sizes", "tiny", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
-    assert len(report["loss"]) == 6
+    assert len(report["loss"]) == 9
+    assert len(report["step"]) == 6
+    assert all(
+        row["seconds"] > 0 and row["peak_bytes"] > 0 for part in ("loss", "step") for row in report[part].values()
+    )
     assert report["reading"]["positions_per_second"] > 0
+    assert "from a cache" in capsys.readouterr().out
+
+
+def test_the_most_memory_at_once_is_counted():
+    """Of what is made and kept, not of what was there, not of views."""
+    there = torch.zeros(1000)
+
+    def work():
+        for _ in range(3):
+            one = there + 1  # 4000 bytes
+            two = one.double()  # 8000
+            two.view(10, 100).add_(1)
+            there.mul_(2)
+            del one, two
+
+    assert peak_bytes(work) == 12000
