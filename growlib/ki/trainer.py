@@ -1,7 +1,8 @@
 """Knowledge Inheritance inside the Hugging Face Trainer."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -208,14 +209,8 @@ class KIMixin(_Base):
         tokenizer = self.processing_class
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a multimodal processor, or None
             tokenizer = getattr(tokenizer, "tokenizer", None)
-        deepspeed = getattr(self.args, "hf_deepspeed_config", None)
-        if deepspeed is not None:  # ZeRO-3 would split a teacher that is loaded now, and no engine would join it again
-            unset_hf_deepspeed_config()
-        try:
+        with _outside_zero3(getattr(self.args, "hf_deepspeed_config", None)):
             return resolve_guide(ki, self._ki_student(), tokenizer, self._ki_head, self.args.device)
-        finally:
-            if deepspeed is not None:
-                set_hf_deepspeed_config(deepspeed)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -255,3 +250,16 @@ class _Path(NamedTuple):
 
     divides: bool
     reach: Reach | None
+
+
+@contextmanager
+def _outside_zero3(deepspeed: Any) -> Iterator[None]:
+    """Models that are loaded now stay whole: ZeRO-3 would split a teacher, which no engine would join again."""
+    if deepspeed is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(deepspeed)
