@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import compare_methods as recipe
 import growlib
-import ki_plus_growth
+from base.command import STOPPED
 from base.flops import flops_saved, forward_flops, learning_flops
 
 FOUR_STEPS = (
@@ -92,7 +92,7 @@ def test_an_interrupted_run_goes_on(preset, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(base.comparison, "train", stop_at_the_third)
     arguments = ["--preset", preset, "--seeds", "1", "--out", str(tmp_path / "out")]
-    assert recipe.main(arguments) == ki_plus_growth.STOPPED
+    assert recipe.main(arguments) == STOPPED
     assert "same command" in capsys.readouterr().err
     assert recipe.main(arguments) == 0
     assert trained == ["small", "scratch", "weights", "weights", "weights", "weights"]

@@ -10,7 +10,13 @@ import pytest
 import torch
 from ki_tiny import arguments, collate, examples, half, llama, parameters, shifted, train
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    DeiTConfig,
+    DeiTForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from growlib import GrowError, KIConfig, KIMixin, KITrainer
 from growlib.ki import Targets, ki_loss
@@ -172,6 +178,7 @@ def test_images_of_other_classes_are_refused(tmp_path):
     with pytest.raises(GrowError, match=r"classes are not the student's: 2 \(name, id\) pairs"):
         KITrainer(model=vit(0, 16, **named), args=arguments(tmp_path), ki=half(other))
     KITrainer(model=vit(0, 16), args=arguments(tmp_path), ki=half(other))  # without names nothing can be compared
+    assert head_of(DeiTForImageClassification(DeiTConfig(hidden_size=8, num_attention_heads=1))) == "image"
     with pytest.raises(GrowError, match="an image classifier"):
         head_of(vit(0, 16, problem_type="multi_label_classification"))
 

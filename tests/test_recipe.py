@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import ki_plus_growth as recipe
 import sweep
+from base.command import STOPPED
 from base.comparison import ARMS
 from base.flops import flops_saved, flops_to_reach, forward_flops
 from base.models import MODELS
@@ -134,7 +135,7 @@ def test_interrupted_run_goes_on(two_steps, tmp_path, monkeypatch, capsys):
         return train(name, *rest, **named)
 
     monkeypatch.setattr(base.comparison, "train", stop_at_knowledge)
-    assert recipe.main(arguments) == recipe.STOPPED
+    assert recipe.main(arguments) == STOPPED
     assert "same command" in capsys.readouterr().err
     assert recipe.main(arguments) == 0
     assert trained == ["small", "scratch", "weights", "knowledge", "knowledge", "both"]

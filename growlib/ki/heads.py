@@ -1,5 +1,6 @@
 """What kind of model a model is, and which label each of its positions predicts."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -30,19 +31,24 @@ def head_of(model: PreTrainedModel) -> Head:
     class_names = {cls.__name__ for cls in type(model).__mro__}
     one_class = (model.config.num_labels or 0) > 1
     one_class &= model.config.problem_type in (None, "single_label_classification")
-    if one_class and class_names & set(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()):
+    if one_class and class_names & _classes(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES):
         return "image"
     loss = LOSS_MAPPING.get(model.loss_type or "")
     # The masked table goes first: XLM and Flaubert stand in both, and do not shift.
-    if class_names & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) or loss is ForMaskedLMLoss:
+    if class_names & _classes(MODEL_FOR_MASKED_LM_MAPPING_NAMES) or loss is ForMaskedLMLoss:
         return "masked"
-    if class_names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) or loss is ForCausalLMLoss:
+    if class_names & _classes(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or loss is ForCausalLMLoss:
         return "causal"
     raise GrowError(
         f"Knowledge Inheritance with {type(model).__name__}",
         "its loss is neither a causal nor a masked language-modelling loss, nor that of one class per image",
         "a causal, masked or sequence-to-sequence language model, or an image classifier",
     )
+
+
+def _classes(table: Mapping[str, str | Sequence[str]]) -> set[str]:
+    """The names in one of transformers' tables, where some types have several classes."""
+    return {name for names in table.values() for name in ([names] if isinstance(names, str) else names)}
 
 
 def outcomes(model: PreTrainedModel) -> int:
