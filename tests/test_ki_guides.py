@@ -26,6 +26,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
 )
 
 from growlib import GrowError, KIConfig, KIMixin, KITrainer, cache_teacher
@@ -136,6 +138,28 @@ def test_a_fallback_is_said_once_and_taught_all_the_same(tmp_path, caplog):
     assert trainer._ki_path.reach is None
     assert sum("whole logits" in record.message for record in caplog.records) == 1
     assert (parameters(student) - start).abs().max() > 1e-3
+
+
+def test_an_encoder_decoder_that_shifts_its_labels_by_itself(tmp_path, caplog):
+    """It has no method that others could call: the labels are its decoder's inputs, and whole logits are used."""
+
+    def m2m(seed, width):
+        torch.manual_seed(seed)
+        sizes = {"d_model": width, "vocab_size": VOCAB, "max_position_embeddings": 32, "init_std": 0.3, "dropout": 0.0}
+        layers = {f"{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+        sizes |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "attention_dropout": 0.0, "encoder_layerdrop": 0.0}
+        return M2M100ForConditionalGeneration(M2M100Config(**sizes, **layers, decoder_layerdrop=0.0))
+
+    rows, student = examples(8), m2m(0, 16)
+    by_hand = sgd_step(m2m(0, 16).eval(), m2m(1, 8), rows, lambda labels: labels, alpha=0.5)
+    with caplog.at_level(logging.WARNING, "growlib"):
+        train(tmp_path, student, half(m2m(1, 8)), rows)
+    assert "makes its decoder's inputs of the labels by itself" in caplog.text
+    torch.testing.assert_close(parameters(student), by_hand, rtol=1e-5, atol=1e-6)
+    cache = cache_teacher(m2m(1, 8), rows, tmp_path / "cache", data_collator=collate, top_k=VOCAB, samples=0)
+    cached = m2m(0, 16)
+    train(tmp_path, cached, half(cache.path), rows)
+    torch.testing.assert_close(parameters(cached), by_hand, rtol=1e-3, atol=1e-3)
 
 
 def test_weighted_teachers_teach_their_mean_distribution(tmp_path):

@@ -46,6 +46,14 @@ def head_of(model: PreTrainedModel) -> Head:
     )
 
 
+def decoder_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an encoder-decoder's decoder reads of a batch; empty where the model makes it of the labels by itself."""
+    if "decoder_input_ids" in inputs:
+        return {"decoder_input_ids": inputs["decoder_input_ids"]}
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    return {} if make is None else {"decoder_input_ids": make(inputs["labels"])}
+
+
 def _classes(table: Mapping[str, str | Sequence[str]]) -> set[str]:
     """The names in one of transformers' tables, where some types have several classes."""
     return {name for names in table.values() for name in ([names] if isinstance(names, str) else names)}

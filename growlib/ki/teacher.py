@@ -19,7 +19,7 @@ from transformers import (
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
-from growlib.ki.heads import IGNORE_INDEX, aligned_labels, head_of, outcomes
+from growlib.ki.heads import IGNORE_INDEX, aligned_labels, decoder_inputs, head_of, outcomes
 from growlib.ki.hidden import Reach, Unreachable, reach, without_logits
 from growlib.ki.projection import Projection
 
@@ -93,8 +93,8 @@ class Teacher:
         }
         if "use_cache" in self.names:
             kept["use_cache"] = False
-        if self.model.config.is_encoder_decoder and "decoder_input_ids" not in kept:
-            kept["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+        if self.model.config.is_encoder_decoder:
+            kept |= decoder_inputs(self.model, inputs) or {"labels": inputs["labels"]}  # it shifts them by itself
         device = self.model.device  # meta: accelerate reads the weights when they are needed, and moves the inputs
         return kept if device.type == "meta" else send_to_device(kept, device)
 

@@ -13,7 +13,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
 from growlib.ki.guide import DOMAIN, Guide, WithDomain, resolve_guide
-from growlib.ki.heads import IGNORE_INDEX, aligned_labels, head_of
+from growlib.ki.heads import IGNORE_INDEX, aligned_labels, decoder_inputs, head_of
 from growlib.ki.hidden import Reach, Unreachable, reach
 from growlib.ki.metrics import KIMetrics
 from growlib.ki.step import Step, linear_step, plain_step
@@ -150,23 +150,21 @@ class KIMixin(_Base):
         declares it. Forward passes at the first step show it: a sum over the items halves from 1 item to 2. They also
         show whether the loss is the plain cross-entropy of logits that the head alone makes.
         """
-        # With every label counted the loss is not 0 and not NaN; in eval mode no dropout differs.
-        zeros: dict[str, Any] = {
-            name: torch.zeros_like(inputs[name]) for name in ("labels", "shift_labels") if name in inputs
-        }
+        # With every label counted the loss is not NaN; in eval mode no dropout differs.
+        inputs = {name: x.clamp(min=0) if name in ("labels", "shift_labels") else x for name, x in inputs.items()}
         one, two = (torch.tensor(n, device=self.args.device) for n in (1.0, 2.0))
         model = getattr(model, "_orig_mod", model)  # no graph of torch.compile for what runs once
         model.eval()
         found: Reach | None = None
         with torch.no_grad():
-            over_one: Any = super().compute_loss(model, {**inputs, **zeros}, False, one)
-            over_two = super().compute_loss(model, {**inputs, **zeros}, False, two)
+            over_one: Any = super().compute_loss(model, dict(inputs), False, one)
+            over_two = super().compute_loss(model, dict(inputs), False, two)
             divides = bool(over_one != over_two)
             try:
                 self._ki_require_stock_loss()
-                unlabelled = self._ki_without_labels({**inputs, **zeros})
+                unlabelled = self._ki_without_labels(inputs)
                 found = reach(self._ki_student(), model, unlabelled)
-                labels = aligned_labels({**inputs, **zeros}, self._ki_head).reshape(-1)
+                labels = aligned_labels(inputs, self._ki_head).reshape(-1)
                 logits = model(**unlabelled).logits
                 reduction = "sum" if divides else "mean"
                 logits = logits.reshape(-1, logits.shape[-1]).float()
@@ -193,11 +191,13 @@ class KIMixin(_Base):
                 raise Unreachable(reason)
 
     def _ki_without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch as a forward pass without a loss takes it."""
+        """The batch as a forward pass without a loss takes it; raises Unreachable where it does not without labels."""
         kept = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-        if self._ki_head == "seq2seq" and "decoder_input_ids" not in kept:
-            student: Any = self._ki_student()
-            kept["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(inputs["labels"])
+        if self._ki_head == "seq2seq":
+            of_decoder = decoder_inputs(self._ki_student(), inputs)
+            if not of_decoder:
+                raise Unreachable("it makes its decoder's inputs of the labels by itself")
+            kept |= of_decoder
         return kept
 
     def _ki_student(self) -> PreTrainedModel:
