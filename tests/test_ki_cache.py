@@ -246,6 +246,11 @@ def test_a_cache_that_does_not_fit_the_student_is_refused(tmp_path, student, opt
         ({"top_k": VOCAB + 1}, f"0 to {VOCAB}"),
         ({"temperature": 0.0}, "positive"),
         ({"top_k": 0, "samples": 0}, "or draws"),
+        ({"batch_size": 0}, "batch_size=0.* 1 or more"),
+        ({"shard_examples": 0}, "shard_examples=0.* 1 or more"),
+        ({"vocab": VOCAB + 1}, f"at most {VOCAB}"),
+        ({"rows": ["dear", "reader"]}, "an example is a str.* a dict"),
+        ({"model": "folder", "head": "decoder"}, "causal, masked, seq2seq, image"),
     ],
 )
 def test_what_cannot_be_cached_is_refused_before_anything_is_written(tmp_path, change, says):

@@ -187,6 +187,11 @@ def test_a_mismatch_of_positions_is_named():
         linear_ki_loss(case.hidden, case.weight, case.labels[1:], case.teacher, alpha=0.5)
     with pytest.raises(GrowError, match="targets at 22 positions"):
         linear_ki_loss(case.hidden, case.weight, case.labels, case.teacher[1:], alpha=0.5)
+    teacher = Case("projection").teacher.rows(slice(1, None))
+    with pytest.raises(GrowError, match="a teacher's hidden states at 22 positions"):
+        linear_ki_loss(case.hidden, case.weight, case.labels, teacher, alpha=0.5)
+    with pytest.raises(GrowError, match=r"a head \(50, 7\).* a weight \[vocabulary, 8\]"):
+        linear_ki_loss(case.hidden, case.weight[:, 1:], case.labels, case.teacher, alpha=0.5)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
@@ -217,3 +222,11 @@ def test_compiled_it_is_one_graph_for_a_whole_schedule(kind):
         for a, b in zip((*one, *gradients[0]), (*other, *gradients[1]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("label", [-1, 50])
+def test_a_label_out_of_bounds_is_not_ignored(label):
+    case = Case("bucket")
+    case.labels[3] = label
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        linear_ki_loss(case.hidden, case.weight, case.labels, case.teacher, alpha=0.5)

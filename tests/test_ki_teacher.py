@@ -47,6 +47,9 @@ def trainer(folder, student, ki, student_tokenizer=None):
         ("alpha", 1.1),
         ("teacher_dtype", torch.int8),
         ("common_vocab", 0),
+        ("temperature", "2"),
+        ("alpha", None),
+        ("top_k", 1.5),
     ],
 )
 def test_bad_settings_say_what_would_be_valid(name, value):
@@ -186,6 +189,13 @@ def test_inputs_that_the_teacher_does_not_name_are_left_out(tmp_path):
     taught = trainer(tmp_path, llama(0), KIConfig(teacher=Narrow(llama(1).config)))
     batch = collate(examples(2)) | {"position_ids": torch.arange(10).repeat(2, 1)}
     assert taught._ki_guide.teacher.logits(batch).shape == (2, 10, VOCAB)
+
+
+def test_settings_of_no_use_are_refused(tmp_path):
+    with pytest.raises(GrowError, match="top_k beside it"):
+        trainer(tmp_path, llama(0), KIConfig(teacher=llama(1), tail="bucket"))
+    with pytest.raises(GrowError, match=r"a growlib.KIConfig, or None"):
+        trainer(tmp_path, llama(0), {"teacher": llama(1)})
 
 
 def test_unsupported_splits_are_refused(tmp_path):

@@ -78,15 +78,17 @@ class KIConfig:
         else:
             share = self.stop_at
             self._require("stop_at", isinstance(share, float | int) and 0 < share <= 1, 'a share in (0, 1], or "auto"')
-        self._require("temperature", 0 < self.temperature < float("inf"), "a positive number")
-        self._require("alpha", 0 <= self.alpha <= 1, "a weight in [0, 1]")
+        temperature, alpha = self.temperature, self.alpha
+        self._require("temperature", isinstance(temperature, float | int) and 0 < temperature < float("inf"), "above 0")
+        self._require("alpha", isinstance(alpha, float | int) and 0 <= alpha <= 1, "a weight in [0, 1]")
         self._require(
             "teacher_dtype",
             self.teacher_dtype is None or self.teacher_dtype.is_floating_point,
             "a floating-point torch.dtype, or None",
         )
-        self._require("common_vocab", self.common_vocab is None or self.common_vocab > 0, "a positive count, or None")
-        self._require("top_k", self.top_k is None or self.top_k > 0, "a positive count, or None")
+        for name in ("common_vocab", "top_k"):
+            count = getattr(self, name)
+            self._require(name, count is None or (isinstance(count, int) and count > 0), "a positive count, or None")
         self._require("tail", self.tail is None or self.tail in TREATMENTS, "one of " + ", ".join(TREATMENTS))
         self._require(
             "domain",

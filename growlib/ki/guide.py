@@ -136,6 +136,9 @@ def resolve_guide(
     def one(teacher: Any) -> Guide:
         if is_cache(teacher):
             return _cached(TeacherCache(teacher), config, student, student_tokenizer, head)
+        if config.tail is not None and config.top_k is None:
+            asked = f"KIConfig(tail={config.tail!r}) with an online teacher"
+            raise GrowError(asked, "its whole distribution has no tail", "top_k beside it, or a cache, or no tail")
         return Online(resolve_teacher(config, teacher, student, student_tokenizer, device), config)
 
     if isinstance(config.teacher, Mapping):

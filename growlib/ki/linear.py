@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from growlib.errors import GrowError
-from growlib.ki.loss import KILoss, as_targets, listed_weights
+from growlib.ki.loss import KILoss, as_targets, check_request, listed_weights
 from growlib.ki.projection import Projection
 from growlib.ki.targets import Source, Targets, product, rows_of
 
 CHUNK_BYTES = 1 << 27  # of float32 logits at once
+NO_LABEL = -(1 << 62)  # of a position without weight; any other negative label is out of bounds
 
 
 def linear_ki_loss(
@@ -56,16 +57,21 @@ def linear_ki_loss(
     Raises:
         GrowError: as `ki_loss`.
     """
+    check_request(labels, alpha, temperature)
     labels = labels.reshape(-1)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    if hidden.shape[0] != labels.numel():
-        asked = f"hidden states at {hidden.shape[0]} positions"
-        raise GrowError(asked, f"there are {labels.numel()} labels", "one label per position")
+    for whose, states in (("hidden states", hidden), ("a teacher's hidden states", getattr(teacher, "hidden", hidden))):
+        if states.shape[0] != labels.numel():
+            asked = f"{whose} at {states.shape[0]} positions"
+            raise GrowError(asked, f"there are {labels.numel()} labels", "one label per position")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+        asked = f"hidden states of width {hidden.shape[1]} with a head {tuple(weight.shape)}"
+        raise GrowError(asked, "the head does not read them", f"a weight [vocabulary, {hidden.shape[1]}]")
     counted = labels != ignore_index
     number = counted.sum().clamp(min=1) if num_items is None else num_items
     if torch.compiler.is_compiling():  # how many count cannot be a size in the graph: the others stay, without weight
         rows: slice | Tensor = slice(None)
-        labels_N = labels.masked_fill(~counted, -1)
+        labels_N = labels.masked_fill(~counted, NO_LABEL)
     else:
         rows, labels_N = counted, labels[counted]
     if isinstance(teacher, Projection):
@@ -106,7 +112,7 @@ def linear_ki_sums(
     chunk: int | None = None,
     recompute: bool = False,
 ) -> KISums:
-    """`linear_ki_loss` as sums over the N positions whose label, [N], is not negative; see there.
+    """`linear_ki_loss` as sums over the N positions whose label, [N], is not `NO_LABEL`; see there.
 
     Raises:
         GrowError: as `ki_loss`.
@@ -221,8 +227,8 @@ def _chunk_loss(
     logits: Tensor, labels: Tensor, targets: Targets, alpha: Tensor, gate: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Sums [d loss / d α, loss, ce, kd] of n positions, and d loss / d logits, [n, V], in the logits' own memory."""
-    counts = labels >= 0
-    at_label = labels.clamp(min=0)[:, None]
+    counts = labels != NO_LABEL
+    at_label = labels.masked_fill(~counts, 0)[:, None]
     label_logits = logits.gather(1, at_label)[:, 0]
     together = targets.temperature == 1.0 and targets.vocab == logits.shape[1]  # one softmax serves both terms
     scaled = logits if together else logits[:, : targets.vocab] / targets.temperature

@@ -57,8 +57,10 @@ def ki_loss(
         all three are 0 and so are the gradients.
 
     Raises:
-        GrowError: the targets are sparse, and not of this temperature or of too large a vocabulary.
+        GrowError: a value is out of range; or the targets are sparse, and not of this temperature or of too large a
+            vocabulary.
     """
+    check_request(labels, alpha, temperature)
     counted = labels.reshape(-1) != ignore_index
     labels_N = labels.reshape(-1)[counted]
     student_NV = at_least_float32(student_logits.reshape(-1, student_logits.shape[-1])[counted])
@@ -73,12 +75,24 @@ def ki_loss(
     return KILoss(mix(ce_N, kd_N, alpha * listens_N).sum() / denominator, ce, kd)
 
 
+def check_request(labels: Tensor, alpha: float | Tensor, temperature: float) -> None:
+    """Raise GrowError for what no KI loss takes; the value of a tensor α is not looked at."""
+    if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise GrowError(f"a KI loss with labels of {labels.dtype}", "they are no token ids", "integers")
+    if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
+        raise GrowError(f"a KI loss with alpha={alpha}", "it is no weight", "0 to 1")
+    if not 0 < temperature < float("inf"):
+        raise GrowError(f"a KI loss with temperature={temperature}", "it is not positive", "such as 1.0")
+
+
 def as_targets(teacher: Tensor | Targets, rows: Tensor | slice, temperature: float, positions: int) -> Targets:
     """Some rows of a teacher's logits or targets at so many positions, at τ.
 
     Raises:
         GrowError: the number of positions is not that of the labels.
     """
+    if not isinstance(teacher, Tensor | Targets):
+        raise GrowError(f"a teacher that is a {type(teacher).__name__}", "it says nothing", "logits or Targets")
     logits = teacher.reshape(-1, teacher.shape[-1]) if isinstance(teacher, Tensor) else teacher
     if len(logits) != positions:
         raise GrowError(f"targets at {len(logits)} positions", f"there are {positions} labels", "one per label")

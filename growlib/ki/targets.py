@@ -309,6 +309,8 @@ class _Head:
     """
 
     def __init__(self, source: Tensor | Projection, k: int, samples: int) -> None:
+        if len(source.shape) != 2:
+            raise GrowError(f"targets of logits {tuple(source.shape)}", "positions are one dimension", "[N, V]")
         positions, vocab = source.shape
         if not (k >= 1 or (samples and k == 0)) or k > vocab:
             raise GrowError(f"the {k} most probable tokens of {vocab}", "there are not so many", f"1 to {vocab}")

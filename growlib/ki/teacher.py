@@ -155,6 +155,8 @@ def load_teacher(source: str, head: str, dtype: torch.dtype | None) -> PreTraine
         GrowError: they do not load, or not as this kind of model.
     """
     asked = f"KIConfig(teacher={source!r})"
+    if head not in AUTO_CLASS:
+        raise GrowError(f"a teacher with head={head!r}", "there is no such kind of model", ", ".join(AUTO_CLASS))
     try:
         model, report = AUTO_CLASS[head].from_pretrained(
             source,

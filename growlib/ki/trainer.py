@@ -53,6 +53,8 @@ class KIMixin(_Base):
     loss_is_plain = False
 
     def __init__(self, *args: Any, ki: KIConfig | None = None, **kwargs: Any) -> None:
+        if not isinstance(ki, KIConfig | None):
+            raise GrowError(f"ki={type(ki).__name__} object", "these are no settings", "a growlib.KIConfig, or None")
         super().__init__(*args, **kwargs)
         self.ki = ki
         self._ki_metrics = KIMetrics()

@@ -1,5 +1,6 @@
 """What the command lines of all recipes share."""
 
+import gc
 import logging
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ def guarded(work: Callable[[], None]) -> int:
     processes = PartialState(cpu=not torch.accelerator.is_available())  # those that torchrun or accelerate started
     try:
         work()
+        gc.collect()  # what still holds the process group, before it goes
         processes.wait_for_everyone()  # one that leaves while another still talks to it is aborted
         processes.destroy_process_group()
     except GrowError as error:

@@ -1,7 +1,7 @@
 """Run a teacher over a dataset once, and keep what it says."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,9 @@ def cache_teacher(
         GrowError: the dataset can be read only once, the settings cannot be, or the folder holds another cache.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())  # the processes of accelerate or torchrun
+    for name, size in (("batch_size", batch_size), ("shard_examples", shard_examples)):
+        if size < 1:
+            raise GrowError(f"cache_teacher({name}={size})", "that is no number of examples", "1 or more")
     examples = Examples(dataset, "dataset")
     held_out = None if held_out is None else Examples(held_out, "held_out")
     model: Any = teacher
@@ -85,6 +88,10 @@ def cache_teacher(
         model.to(device=state.device, dtype=dtype)
     tokenizer = tokenizer or tokenizer_at(model.name_or_path or "")
     layout = Layout(vocab or outcomes(model), top_k, samples, temperature)
+    if layout.vocab > outcomes(model):
+        raise GrowError(
+            f"cache_teacher(vocab={vocab})", "the teacher has not so many ids", f"at most {outcomes(model)}"
+        )
     source = Source(Teacher(model, layout.vocab), data_collator, batch_size)
     header = Header(
         format=FORMAT,
@@ -152,6 +159,9 @@ class Source:
 
     def batch(self, examples: Sequence[Any]) -> dict[str, Any]:
         """Collated, without the columns that a model does not take, as the Trainer drops them."""
+        if not isinstance(examples[0], Mapping):
+            wrong = f"an example is a {type(examples[0]).__name__}"
+            raise GrowError("cache_teacher", wrong, 'a dict, such as {"input_ids": [5, 3, 8], "labels": [5, 3, 8]}')
         kept = [{name: x for name, x in row.items() if name in self.columns} for row in examples]
         batch = self.collator(kept)
         if "labels" not in batch and "shift_labels" not in batch:
