@@ -23,9 +23,9 @@ class WithWholeLogits(KITrainer):
 
 def tiny(model_type):
     """A model without dropout; skips what cannot be built small."""
-    config = CONFIG_MAPPING[model_type]()
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
+        config = CONFIG_MAPPING[model_type]()
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         config = tiny_config(config, model_class)
         for name, value in config.to_dict().items():
             if ("drop" in name or "jitter" in name) and isinstance(value, float):
