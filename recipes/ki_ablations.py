@@ -1,11 +1,11 @@
 """How should a teacher be heard? One student and one teacher; schedule, top-K, temperature and gate vary one at a time.
 
-    python recipes/ki_ablations.py --seeds 3             # 2 CPU cores: the demo preset's sizes, 20 trainings a seed
+    python recipes/ki_ablations.py --seeds 3             # 2 CPU cores: the demo preset's sizes, 21 trainings a seed
     python recipes/ki_ablations.py --preset miniature    # seconds, for CI; its numbers mean nothing
 
 The schedules of arXiv 2105.13880, Figure 1b, its top-K (Figure 1c), the other treatments of the rest, and what the
 paper leaves open: temperature, a gate, leaving the teacher once it is passed. All at the preset's rate for arm
-knowledge. `gain` is against the same seed without a teacher. Time: 17 minutes a seed on 2 cores. Expected result:
+knowledge. `gain` is against the same seed without a teacher. Time: 18 minutes a seed on 2 cores. Expected result:
 docs/results/knowledge.md.
 """
 
@@ -32,6 +32,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {  # settings of `KIConfig` over the
     "top-10, bucket": {"top_k": 10},
     "top-10, renormalised, constant": {**TO_THE_END, "top_k": 10, "tail": "renorm_teacher"},
     "top-10, bucket, constant": {**TO_THE_END, "top_k": 10},
+    "temperature 1/2": {"temperature": 0.5},
     "temperature 2": {"temperature": 2.0},
     "temperature 4": {"temperature": 4.0},
     "gate": {"gate": True},
