@@ -16,7 +16,6 @@ from ki_tiny import MAKERS, VOCAB, CountForwards, arguments, bert, collate, exam
 from test_ki_teacher import tokenizer
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
-from transformers import DataCollatorWithFlattening
 
 from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki import MaskedExamples, Targets, TeacherCache, verify_cache
@@ -54,29 +53,6 @@ def test_the_cache_holds_what_the_teacher_says(tmp_path, name, samples):
     expected = torch.nn.functional.cross_entropy(logits, labels[counted], reduction="sum")
     assert ce.item() == pytest.approx(expected.item(), rel=1e-5)
     assert verify_cache(tmp_path / "cache", teacher, ROWS, data_collator=collate).kl < 1e-6
-
-
-def test_order_batches_padding_and_packing_may_change(tmp_path):
-    """The same example has the same targets in whatever batch it stands."""
-    short = [{name: x[: 5 + i % 4] for name, x in row.items()} for i, row in enumerate(examples(12, ignored=False))]
-    cache = write(tmp_path / "cache", rows=short, data_collator=padded)
-    alone = [cache.read(padded([row]))[0] for row in short]
-    order = [7, 2, 11, 0]
-    together = cache.read(padded([short[i] for i in order]))[0]
-    expected = torch.cat([alone[i].ids for i in order])
-    assert torch.equal(together.ids, expected)
-    left = padded([short[i] for i in order])
-    mask = left["attention_mask"]
-    for name, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
-        rows = [row[keep.bool()] for row, keep in zip(left[name], mask, strict=True)]
-        left[name] = torch.stack([torch.nn.functional.pad(r, (mask.shape[1] - len(r), 0), value=fill) for r in rows])
-    with pytest.raises(GrowError, match="padding on the right"):
-        cache.read(left)  # the first token's label counts, and padding predicts it
-    left["labels"][mask.flip(1).cumsum(1) == 1] = -100
-    assert torch.equal(cache.read(left)[0].ids, expected)
-    packed = DataCollatorWithFlattening()([{"input_ids": short[i]["input_ids"].tolist()} for i in order])
-    assert packed["input_ids"].shape[0] == 1
-    assert torch.equal(cache.read(dict(packed))[0].ids, expected)
 
 
 def test_a_second_call_continues_and_a_finished_cache_is_left_alone(tmp_path):
@@ -289,23 +265,6 @@ def test_training_from_a_cache_is_training_with_the_online_top_k(tmp_path, tail)
         exact = [teacher(**collate(ROWS)).loss.item()]
     assert TeacherCache(tmp_path / "cache").teacher_ce == pytest.approx(exact[0], rel=1e-5)
     assert 0.5 * exact[0] < logs[0][0]["ki/teacher_ce"] < 2 * exact[0]
-
-
-@pytest.mark.parametrize("source", ["cache", "online"])
-def test_packed_training_takes_the_step_of_padded_training(tmp_path, source):
-    """Examples of several lengths in one row, from a cache that was written without packing."""
-    rows = [{name: x[: 4 + i % 4].tolist() for name, x in row.items()} for i, row in enumerate(examples(8))]
-    teacher = llama(1, hidden=8)
-    write(tmp_path / "cache", teacher, rows, data_collator=padded)
-    ki = KIConfig(teacher=tmp_path / "cache" if source == "cache" else teacher, schedule="constant", stop_at=None)
-    steps = []
-    for collator in (padded, DataCollatorWithFlattening()):
-        student = llama(0)
-        trainer = KITrainer(model=student, args=arguments(tmp_path), train_dataset=rows, data_collator=collator, ki=ki)
-        trainer.train()
-        steps.append(parameters(student))
-    assert (steps[0] - parameters(llama(0))).abs().max() > 1e-3
-    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sampled_cache_teaches_towards_the_full_distribution(tmp_path):

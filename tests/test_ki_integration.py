@@ -3,9 +3,9 @@
 import logging
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from ki_tiny import arguments, collate, examples, half, llama, parameters, shifted, train
@@ -18,7 +18,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from growlib import GrowError, KIConfig, KIMixin, KITrainer
+from growlib import GrowError, KIConfig, KIMixin, KITrainer, cache_teacher
 from growlib.ki import Targets, ki_loss
 from growlib.ki.heads import head_of
 
@@ -51,41 +51,55 @@ def test_a_peft_student_learns_through_its_adapters(tmp_path):
     assert torch.equal(frozen, taught.get_base_model().lm_head.weight)
 
 
+def taught_sft(folder, rows, ki, **options):
+    """trl's SFTTrainer with a teacher."""
+    from test_ki_teacher import tokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    class TaughtSFT(KIMixin, SFTTrainer):
+        loss_is_plain = True
+
+    words = tokenizer(32)
+    words.pad_token = words.eos_token = "[UNK]"
+    names = ("output_dir", "use_cpu", "optim", "learning_rate", "disable_tqdm", "max_grad_norm")
+    plain = {name: value for name, value in arguments(folder).to_dict().items() if name in names}
+    args = SFTConfig(
+        **plain, max_steps=2, report_to="none", save_strategy="no", logging_steps=1, bf16=False,
+        gradient_checkpointing=False, dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    return TaughtSFT(model=llama(0), args=args, train_dataset=rows, processing_class=words, ki=ki)
+
+
+@pytest.mark.filterwarnings("ignore")  # of trl
 def test_trls_sft_trainer_with_a_teacher(tmp_path):
     """Its loss has no logits with a gradient: it is taken for the plain CE, by word and by proof, or refused."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import datasets
-        from test_ki_teacher import tokenizer
-        from trl import SFTConfig, SFTTrainer
-
-        class TaughtSFT(KIMixin, SFTTrainer):
-            loss_is_plain = True
-
-        words = tokenizer(32)
-        words.pad_token = words.eos_token = "[UNK]"
-        ids = [row["input_ids"].tolist() for row in examples(16, ignored=False)]
-        rows = datasets.Dataset.from_dict({"input_ids": ids})
-        options = {
-            name: value
-            for name, value in arguments(tmp_path).to_dict().items()
-            if name in ("output_dir", "use_cpu", "optim", "learning_rate", "max_steps", "disable_tqdm", "max_grad_norm")
-        }
-        student = llama(0)
-        args = SFTConfig(
-            **{**options, "max_steps": 2}, report_to="none", save_strategy="no", logging_steps=1, bf16=False,
-            gradient_checkpointing=False, dataloader_pin_memory=False, dataset_kwargs={"skip_prepare_dataset": True},
-        )  # fmt: skip
-        trainer = TaughtSFT(
-            model=student, args=args, train_dataset=rows, processing_class=words, ki=half(llama(1, hidden=8))
-        )
-        trainer.train()
+    ids = [row["input_ids"].tolist() for row in examples(16, ignored=False)]
+    rows = datasets.Dataset.from_dict({"input_ids": ids})
+    trainer = taught_sft(tmp_path, rows, half(llama(1, hidden=8)), dataset_kwargs={"skip_prepare_dataset": True})
+    trainer.train()
     assert trainer._ki_path.reach is not None
     logs = [log for log in trainer.state.log_history if "ki/kd" in log]
     assert len(logs) == 2
     assert logs[0]["ki/alpha"] == 0.5
     assert logs[0]["ki/kd"] > 0.1
-    assert (parameters(student) - parameters(llama(0))).abs().max() > 1e-3
+    assert (parameters(trainer.model) - parameters(llama(0))).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")  # of trl
+def test_trls_packed_rows_from_a_cache(tmp_path):
+    """Cached as its trainer packs and collates them; the steps are those with the teacher beside it."""
+    ids = [row["input_ids"].tolist()[: 4 + i % 6] for i, row in enumerate(examples(64, ignored=False))]
+    rows = datasets.Dataset.from_dict({"input_ids": ids})
+    teacher = llama(1, hidden=8)
+    online = taught_sft(tmp_path, rows, half(teacher, top_k=31), packing=True, max_length=32)
+    assert len(online.train_dataset) < 32
+    path = tmp_path / "cache"
+    cache_teacher(teacher, online.train_dataset, path, data_collator=online.data_collator, top_k=31, samples=0)
+    cached = taught_sft(tmp_path, rows, half(path), packing=True, max_length=32)
+    for trainer in (online, cached):
+        trainer.train()
+    torch.testing.assert_close(parameters(cached.model), parameters(online.model), rtol=1e-3, atol=1e-4)
+    assert (parameters(cached.model) - parameters(llama(0))).abs().max() > 1e-2
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_
 from growlib.errors import GrowError
 from growlib.ki.cache import hashes
 from growlib.ki.cache.data import Examples, batched
-from growlib.ki.cache.examples import Example, draw_keys, examples_of
+from growlib.ki.cache.examples import draw_keys, examples_of
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.cache.records import Layout
 from growlib.ki.cache.shards import FORMAT, Header, read_header, shard_path, write_header, write_shard
@@ -26,6 +26,8 @@ from growlib.ki.linear import CHUNK_BYTES
 from growlib.ki.targets import Targets
 from growlib.ki.teacher import Teacher, load_teacher, tokenizer_at
 
+LABELS = {"labels", "label", "label_ids", "shift_labels"}
+OF_TRL = {"seq_lengths", "completion_mask", "assistant_masks"}  # what its SFTTrainer leaves for its collator
 Collator = Callable[[list[Any]], dict[str, Any]]
 
 
@@ -155,10 +157,10 @@ class Source:
     def __init__(self, teacher: Teacher, collator: Collator, batch_size: int) -> None:
         self.teacher, self.collator, self.batch_size = teacher, collator, batch_size
         self.head = teacher.head
-        self.columns = {*teacher.names, "labels", "label", "label_ids", "shift_labels"}
+        self.columns = {*teacher.names, *LABELS, *OF_TRL}
 
     def batch(self, examples: Sequence[Any]) -> dict[str, Any]:
-        """Collated, without the columns that a model does not take, as the Trainer drops them."""
+        """Collated, without the columns that the Trainer drops."""
         if not isinstance(examples[0], Mapping):
             wrong = f"an example is a {type(examples[0]).__name__}"
             raise GrowError("cache_teacher", wrong, 'a dict, such as {"input_ids": [5, 3, 8], "labels": [5, 3, 8]}')
@@ -169,17 +171,8 @@ class Source:
         return dict(batch)
 
     def digest(self, example: Any) -> bytes:
-        (found,) = self.examples(self.batch([example]), 1)
-        return found.digest
-
-    def examples(self, batch: dict[str, Any], number: int) -> list[Example]:
-        found = examples_of(batch, self.head)
-        if len(found) != number:
-            wrong = f"the collator made {len(found)} examples of {number}"
-            raise GrowError(
-                "cache_teacher", wrong, "a collator that packs nothing: training may pack, the cache does not"
-            )
-        return found
+        """Of an example, or of all that one row packs."""
+        return b"".join(found.digest for found in examples_of(self.batch([example]), self.head))
 
     def forward(self, batch: dict[str, Any]) -> tuple[Any, torch.Tensor]:
         """The teacher's logits at the counted positions, or what they are computed from, and their labels [N]."""
@@ -191,7 +184,7 @@ class Source:
         rows = []
         for chosen in batched(examples, self.batch_size):
             batch = self.batch(chosen)
-            found = self.examples(batch, len(chosen))
+            found = examples_of(batch, self.head)
             records, ce = self.records(batch, draw_keys(found), layout, seed)
             ends = np.cumsum([0, *(example.counted for example in found)])
             for example, low, high in zip(found, ends, ends[1:], strict=False):

@@ -13,7 +13,7 @@ from growlib.errors import GrowError
 from growlib.ki.cache import hashes
 from growlib.ki.cache.capture import Collator, Source
 from growlib.ki.cache.data import Examples
-from growlib.ki.cache.examples import draw_keys
+from growlib.ki.cache.examples import draw_keys, examples_of
 from growlib.ki.cache.reader import TeacherCache
 from growlib.ki.targets import Targets, product
 from growlib.ki.teacher import Teacher, load_teacher
@@ -91,7 +91,7 @@ def verify_cache(
     same, divergences = [np.empty(0, bool)], [torch.zeros(0)]
     for example in given.at(hashes.spread(len(given), sample)):
         batch = source.batch([example])
-        examples = source.examples(batch, 1)
+        examples = examples_of(batch, header.head)
         stored = np.concatenate([cache.shards[shard].example(place) for shard, place in cache.find(examples)])
         again = source.records(batch, draw_keys(examples), header.layout, header.seed)[0]
         same.append((stored == again).all(1))

@@ -1,0 +1,71 @@
+"""Several examples in one row: in the dataset that is cached, and in training."""
+
+import pytest
+import torch
+from ki_tiny import arguments, collate, examples, llama, parameters
+from test_ki_cache import ROWS, write
+from transformers import DataCollatorWithFlattening
+
+from growlib import GrowError, KIConfig, KITrainer
+from growlib.ki import verify_cache
+from growlib.ki.cache.data import padded
+
+
+def test_order_batches_padding_and_packing_may_change(tmp_path):
+    """The same example has the same targets in whatever batch it stands."""
+    short = [{name: x[: 5 + i % 4] for name, x in row.items()} for i, row in enumerate(examples(12, ignored=False))]
+    cache = write(tmp_path / "cache", rows=short, data_collator=padded)
+    alone = [cache.read(padded([row]))[0] for row in short]
+    order = [7, 2, 11, 0]
+    together = cache.read(padded([short[i] for i in order]))[0]
+    expected = torch.cat([alone[i].ids for i in order])
+    assert torch.equal(together.ids, expected)
+    left = padded([short[i] for i in order])
+    mask = left["attention_mask"]
+    for name, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
+        rows = [row[keep.bool()] for row, keep in zip(left[name], mask, strict=True)]
+        left[name] = torch.stack([torch.nn.functional.pad(r, (mask.shape[1] - len(r), 0), value=fill) for r in rows])
+    with pytest.raises(GrowError, match="padding on the right"):
+        cache.read(left)  # the first token's label counts, and padding predicts it
+    left["labels"][mask.flip(1).cumsum(1) == 1] = -100
+    assert torch.equal(cache.read(left)[0].ids, expected)
+    packed = DataCollatorWithFlattening()([{"input_ids": short[i]["input_ids"].tolist()} for i in order])
+    assert packed["input_ids"].shape[0] == 1
+    assert torch.equal(cache.read(dict(packed))[0].ids, expected)
+
+
+def test_a_packed_dataset_has_the_targets_of_its_examples(tmp_path):
+    """Two examples in each row, as trl packs them: the records are those of the examples alone."""
+    alone = write(tmp_path / "alone", samples=0)
+    pairs = [
+        {
+            "input_ids": torch.cat([one["input_ids"], two["input_ids"]]),
+            "labels": torch.cat([one["labels"], torch.tensor([-100]), two["labels"][1:]]),
+            "position_ids": torch.arange(10).repeat(2),
+        }
+        for one, two in zip(ROWS[::2], ROWS[1::2], strict=True)
+    ]
+    packed = write(tmp_path / "packed", rows=pairs, samples=0)
+    assert len(packed) == 20
+    assert packed.positions == alone.positions
+    assert verify_cache(packed.path, llama(1, hidden=8), pairs, data_collator=collate).identical > 0.9
+    there, here = (cache.read(collate(ROWS))[0] for cache in (packed, alone))
+    assert torch.equal(there.ids, here.ids)
+    torch.testing.assert_close(there.logprobs, here.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("source", ["cache", "online"])
+def test_packed_training_takes_the_step_of_padded_training(tmp_path, source):
+    """Examples of several lengths in one row, from a cache that was written without packing."""
+    rows = [{name: x[: 4 + i % 4].tolist() for name, x in row.items()} for i, row in enumerate(examples(8))]
+    teacher = llama(1, hidden=8)
+    write(tmp_path / "cache", teacher, rows, data_collator=padded)
+    ki = KIConfig(teacher=tmp_path / "cache" if source == "cache" else teacher, schedule="constant", stop_at=None)
+    steps = []
+    for collator in (padded, DataCollatorWithFlattening()):
+        student = llama(0)
+        trainer = KITrainer(model=student, args=arguments(tmp_path), train_dataset=rows, data_collator=collator, ki=ki)
+        trainer.train()
+        steps.append(parameters(student))
+    assert (steps[0] - parameters(llama(0))).abs().max() > 1e-3
+    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-5)
