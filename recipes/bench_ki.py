@@ -1,6 +1,6 @@
 """What does Knowledge Inheritance cost? Ratios within one run, of time and of memory, and how fast a cache is read.
 
-    python recipes/bench_ki.py                   # 2 CPU cores, 3 minutes
+    python recipes/bench_ki.py                   # one CPU core, 4 minutes
     python recipes/bench_ki.py --sizes 300m      # one GPU; 1b too
 
     loss     forward and backward of the loss alone, with gradients of hidden states and head, against the chunked

@@ -6,7 +6,8 @@
 The large model is trained on code, small ones on prose (the teacher) and on code. Then the large one goes on for a
 quarter of the steps with so much prose, by itself or taught, at each of two learning rates (arXiv 2105.13880, section
 4.4, Tables 2 and 4). With replay half of its text is code, whose teacher is the small model of code. Held-out loss on
-prose, and on code: what was forgotten. Time: 12 minutes a seed on 2 cores. Expected result: docs/results/knowledge.md.
+prose, and on code: what was forgotten. Time: 25 minutes a seed on one busy core. Expected result:
+docs/results/knowledge.md.
 """
 
 import sys

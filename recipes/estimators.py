@@ -1,6 +1,6 @@
 """Which sparse targets point where the whole distribution points? Angles of the head's gradient, on a real small model.
 
-    python recipes/estimators.py --seeds 3              # 2 CPU cores: the demo preset's models, a minute a seed
+    python recipes/estimators.py --seeds 3              # 2 CPU cores: the demo preset's models, 4 busy minutes a seed
     python recipes/estimators.py --preset miniature     # seconds, for CI; its numbers mean nothing
 
 The preset's small model is trained as the teacher, its target for a tenth of the steps as the student. The gradient of

@@ -5,7 +5,7 @@
 
 G1 has the preset's initial sizes, G3 its target sizes, G2 those half way; all see the same tokens for the preset's
 steps (arXiv 2105.13880, section 4.2, whose result is that the chain beats both single teachers). Models that are done
-stay in OUT. Time: 6 minutes a seed on 2 cores. Expected result: docs/results/knowledge.md.
+stay in OUT. Time: 13 minutes a seed on one busy core. Expected result: docs/results/knowledge.md.
 """
 
 import sys

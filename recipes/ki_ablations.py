@@ -5,7 +5,7 @@
 
 The schedules of arXiv 2105.13880, Figure 1b, its top-K (Figure 1c), the other treatments of the rest, and what the
 paper leaves open: temperature, a gate, leaving the teacher once it is passed. All at the preset's rate for arm
-knowledge. `gain` is against the same seed without a teacher. Time: 18 minutes a seed on 2 cores. Expected result:
+knowledge. `gain` is against the same seed without a teacher. Time: 40 minutes a seed on one busy core. Expected result:
 docs/results/knowledge.md.
 """
 

@@ -4,8 +4,8 @@
     python recipes/teacher_factors.py --preset miniature    # seconds, for CI; its numbers mean nothing
 
 Width, depth, steps, size of its text, domain, and halves of the text that the student does or does not see (arXiv
-2105.13880, sections 4.2 and 4.3, A.2, A.4). The student has the preset's target sizes and learns code. Time: 16 minutes
-a seed on 2 cores. Expected result: docs/results/knowledge.md.
+2105.13880, sections 4.2 and 4.3, A.2, A.4). The student has the preset's target sizes and learns code. Time: 32 minutes
+a seed on one busy core. Expected result: docs/results/knowledge.md.
 """
 
 import dataclasses
