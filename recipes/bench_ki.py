@@ -75,7 +75,7 @@ class Sizes:
 
 SIZES = {
     "cpu": Sizes(1024, 16384, 256, 4, 704, 128, 2, 352, 8, 128, 6, 5, 400),
-    "cpu-300m": Sizes(1024, 32768, 1024, 20, 2816, 512, 10, 1408, 2, 256, 4, 2, 400),
+    "cpu-300m": Sizes(1024, 32768, 1024, 20, 2816, 512, 10, 1408, 2, 256, 6, 4, 400),
     "300m": Sizes(8192, 32768, 1024, 20, 2816, 512, 10, 1408, 16, 1024, 12, 3, 400),
     "1b": Sizes(8192, 32768, 2048, 18, 5632, 1024, 9, 2816, 4, 2048, 12, 3, 400),
     "tiny": Sizes(32, 64, 16, 1, 24, 8, 1, 16, 2, 16, 4, 1, 20),  # for CI
@@ -234,8 +234,8 @@ def bench_reading(sizes: Sizes, folder: Path) -> Row:
     ids = torch.from_numpy(random.integers(0, sizes.vocab, (sizes.examples, length)))
     rows = [{"input_ids": row[None], "labels": row[None]} for row in ids]
     header = Header(
-        FORMAT, "random", None, "causal", sizes.vocab, TOP_K, SAMPLES, temperature=1.0, seed=0, examples=len(rows),
-        dataset="random", shard_examples=len(rows), batch_size=1, held_out_ce=None,
+        FORMAT, None, "random", None, "causal", sizes.vocab, TOP_K, SAMPLES, temperature=1.0, seed=0,
+        examples=len(rows), dataset="random", shard_examples=len(rows), batch_size=1, held_out_ce=None,
     )  # fmt: skip
     width = header.layout.bytes_per_position
     folder.mkdir()

@@ -174,6 +174,17 @@ def test_any_flipped_byte_is_named(tmp_path):
     assert refused == 4 * 15
 
 
+def test_a_teacher_that_was_cast_is_verified_as_it_was_cast(tmp_path):
+    llama(1, hidden=8).save_pretrained(tmp_path / "teacher")
+    folder = tmp_path / "cache"
+    cache_teacher(tmp_path / "teacher", ROWS, folder, data_collator=collate, dtype=torch.bfloat16)
+    found = verify_cache(folder, tmp_path / "teacher", ROWS, data_collator=collate)
+    assert found.sound
+    assert found.compared > 0
+    with pytest.raises(GrowError, match="dtype = None and not 'bfloat16'"):
+        cache_teacher(tmp_path / "teacher", ROWS, folder, data_collator=collate, dtype=None)
+
+
 def test_another_teacher_tokenizer_or_dataset_is_named_when_the_cache_is_used(tmp_path):
     folder = tmp_path / "cache"
     cache = write(folder, tokenizer=tokenizer(VOCAB))

@@ -298,6 +298,42 @@ def test_auto_leaves_the_teacher_when_the_student_has_passed_it(tmp_path, source
     assert [log["ki/alpha"] for log in again.state.log_history if log["step"] > 10 and "ki/alpha" in log] == [0.0, 0.0]
 
 
+def test_auto_compares_the_mean_of_several_held_out_sets(tmp_path):
+    rows, teacher = examples(16, ignored=False), llama(1, hidden=8)
+    sets = {"code": examples(16, ignored=False), "prose": examples(4, seed=2, ignored=False)}
+    with torch.no_grad():
+        losses = [teacher(**collate(held_out)).loss.item() for held_out in sets.values()]
+    trainer = train(
+        tmp_path,
+        llama(0),
+        KIConfig(teacher=teacher, stop_at="auto", alpha=0.5),
+        rows,
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.5,
+        trainer_options={"eval_dataset": sets},
+    )
+    logs = trainer.state.log_history
+    assert next(log["ki/teacher_held_out"] for log in logs if "ki/teacher_held_out" in log) == pytest.approx(
+        sum(losses) / 2, rel=1e-4
+    )
+    merged: dict[int, dict[str, float]] = {}
+    for log in logs:
+        merged.setdefault(log["step"], {}).update(log)
+    (stopped,) = [step for step, log in merged.items() if "ki/stopped" in log]
+    passed = [merged[s]["eval_code_loss"] + merged[s]["eval_prose_loss"] <= sum(losses) for s in range(1, stopped + 1)]
+    assert passed == [False] * (stopped - 1) + [True]
+
+
+def test_auto_needs_held_out_text(tmp_path, caplog):
+    ki = KIConfig(teacher=llama(1), stop_at="auto")
+    with pytest.raises(GrowError, match="no held-out text"):
+        KITrainer(model=llama(0), args=arguments(tmp_path), ki=ki)
+    KITrainer(model=llama(0), args=arguments(tmp_path), eval_dataset=examples(4), ki=ki)
+    assert "no eval_strategy" in caplog.text
+
+
 def test_auto_needs_a_known_held_out_loss(tmp_path):
     cache_teacher(llama(1), examples(8), tmp_path / "cache", data_collator=collate)
     for teacher in (tmp_path / "cache", (llama(1), llama(2))):

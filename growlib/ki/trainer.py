@@ -66,7 +66,7 @@ class KIMixin(_Base):
             self._ki_head = head_of(self._ki_student())
             self._ki_guide = self._ki_resolve_guide(ki)
             if ki.stop_at == "auto":
-                self._ki_stop.check(self._ki_guide)
+                self._ki_stop.check(self._ki_guide, self)
             if ki.domain is not None:
                 assert isinstance(ki.teacher, Mapping)
                 self.data_collator = WithDomain(self.data_collator, ki.domain, tuple(ki.teacher))
@@ -115,14 +115,10 @@ class KIMixin(_Base):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `Trainer.evaluate`; with `stop_at="auto"`, in training, the teacher is left once it is passed."""
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        hears = self.ki is not None and self.ki.stop_at == "auto" and self.is_in_train and self._ki_guide is not None
-        if hears and "eval_loss" in metrics:
-            assert self._ki_guide is not None
-            teacher = self._ki_stop.teacher_loss(self._ki_guide, self, eval_dataset)
-            logs = {"ki/teacher_held_out": teacher}
-            if metrics["eval_loss"] <= teacher:
-                logs["ki/stopped"] = float(self.state.global_step)
-            self.log(logs)
+        if self.ki is not None and self.ki.stop_at == "auto" and self.is_in_train and self._ki_guide is not None:
+            logs = self._ki_stop.compare(self._ki_guide, self, eval_dataset, metrics)
+            if logs:
+                self.log(logs)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

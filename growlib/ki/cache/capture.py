@@ -83,11 +83,7 @@ def cache_teacher(
             raise GrowError(f"cache_teacher({name}={size})", "that is no number of examples", "1 or more")
     examples = Examples(dataset, "dataset")
     held_out = None if held_out is None else Examples(held_out, "held_out")
-    model: Any = teacher
-    if not isinstance(teacher, PreTrainedModel):
-        model = load_teacher(os.fspath(teacher), head or "causal", dtype)
-    if getattr(model, "hf_device_map", None) is None:
-        model.to(device=state.device, dtype=dtype)
+    model = placed(teacher, head or "causal", dtype)
     tokenizer = tokenizer or tokenizer_at(model.name_or_path or "")
     layout = Layout(vocab or outcomes(model), top_k, samples, temperature)
     if layout.vocab > outcomes(model):
@@ -97,6 +93,7 @@ def cache_teacher(
     source = Source(Teacher(model, layout.vocab), data_collator, batch_size)
     header = Header(
         format=FORMAT,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         teacher=hashes.weights_hash(model),
         tokenizer=None if tokenizer is None else hashes.tokenizer_hash(tokenizer),
         head=source.head,
@@ -117,6 +114,14 @@ def cache_teacher(
     state.wait_for_everyone()
     _fill(folder, header, source, examples, state)
     return TeacherCache(folder)
+
+
+def placed(teacher: PreTrainedModel | str | os.PathLike[str], head: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A teacher, loaded where it is not yet, on this process's device, unless it has a device map of its own."""
+    model: Any = teacher if isinstance(teacher, PreTrainedModel) else load_teacher(os.fspath(teacher), head, dtype)
+    if getattr(model, "hf_device_map", None) is None:
+        model.to(device=PartialState().device, dtype=dtype)
+    return model
 
 
 def _fill(folder: Path, header: Header, source: "Source", dataset: Examples, state: PartialState) -> None:

@@ -36,6 +36,7 @@ class Header:
 
     Attributes:
         format: of the files.
+        dtype: what the weights were cast to, such as "bfloat16"; None: not at all.
         teacher: class and hash of the weights.
         tokenizer: hash of the (token, id) pairs; None where no tokenizer was given.
         head: "causal", "masked" or "seq2seq".
@@ -48,6 +49,7 @@ class Header:
     """
 
     format: int
+    dtype: str | None
     teacher: str
     tokenizer: str | None
     head: Head

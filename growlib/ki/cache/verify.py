@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, default_data_collator
 
 from growlib.errors import GrowError
 from growlib.ki.cache import hashes
-from growlib.ki.cache.capture import Collator, Source
+from growlib.ki.cache.capture import Collator, Source, placed
 from growlib.ki.cache.data import Examples
 from growlib.ki.cache.examples import draw_keys, examples_of
 from growlib.ki.cache.reader import TeacherCache
 from growlib.ki.targets import Targets, product
-from growlib.ki.teacher import Teacher, load_teacher
+from growlib.ki.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def verify_cache(
     if teacher is None:
         return found
     asked = f"verifying the teacher's cache {str(Path(path))!r}"
-    model = teacher if isinstance(teacher, PreTrainedModel) else load_teacher(os.fspath(teacher), header.head, None)
+    model = placed(teacher, header.head, None if header.dtype is None else getattr(torch, header.dtype))
     if hashes.weights_hash(model) != header.teacher:
         raise GrowError(asked, "another teacher wrote it: the hash of its weights differs", "the teacher that wrote it")
     if dataset is None:
