@@ -16,7 +16,6 @@ from growlib.errors import GrowError
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.config import KIConfig
 from growlib.ki.heads import IGNORE_INDEX, Head, aligned_labels, outcomes
-from growlib.ki.projection import Projection
 from growlib.ki.targets import Blend, Source, Targets
 from growlib.ki.teacher import Teacher, resolve_teacher
 
@@ -51,16 +50,11 @@ class Online:
         self.teacher, self.config = teacher, config
 
     def parts(self, batch: dict[str, Any]) -> list[Part]:
-        if self.config.top_k is None:
-            return [Part(None, self.whole(batch)[0], None)]
         found, _ = self.teacher.at_labels(batch)
+        if self.config.top_k is None:
+            return [Part(None, found, None)]
         tail, temperature = self.config.tail or "bucket", self.config.temperature
         return [Part(None, Targets.top_k(found, self.config.top_k, tail=tail, temperature=temperature), None)]
-
-    def whole(self, batch: dict[str, Any]) -> tuple[Targets | Projection, Tensor]:
-        """The whole distribution at the counted positions, and their labels [N]."""
-        found, labels = self.teacher.at_labels(batch)
-        return (Targets.dense(found) if isinstance(found, Tensor) else found), labels
 
 
 class Cached:

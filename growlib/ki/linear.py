@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from growlib.errors import GrowError
-from growlib.ki.loss import KILoss, as_targets, check_request, listed_weights
+from growlib.ki.loss import NO_LABEL, KILoss, as_source, check_positions, check_request, listed_weights
 from growlib.ki.projection import Projection
 from growlib.ki.targets import Source, Targets, product, rows_of
 
 CHUNK_BYTES = 1 << 27  # of float32 logits at once
-NO_LABEL = -(1 << 62)  # of a position without weight; any other negative label is out of bounds
 
 
 def linear_ki_loss(
@@ -41,7 +41,8 @@ def linear_ki_loss(
 
     Args:
         hidden: [..., H], the states that the head reads, aligned with `labels`.
-        weight: [V, H], a DTensor too.
+        weight: [V, H]. A DTensor is gathered, and its gradient taken to be the same in every process; where processes
+            have different data, pass `weight.full_tensor(grad_placements=[Partial()])`, whose gradient is the sum.
         teacher: logits [..., V_teacher] or Targets as in `ki_loss`, or a Projection of as many positions as there
             are labels: the teacher's own hidden states and head, of whatever hidden size.
         logit_scale, softcap: what the model does to its logits; see `Projection`.
@@ -57,13 +58,13 @@ def linear_ki_loss(
     Raises:
         GrowError: as `ki_loss`.
     """
-    check_request(labels, alpha, temperature)
-    labels = labels.reshape(-1)
+    labels = check_request(labels, alpha, temperature, num_items)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    for whose, states in (("hidden states", hidden), ("a teacher's hidden states", getattr(teacher, "hidden", hidden))):
-        if states.shape[0] != labels.numel():
-            asked = f"{whose} at {states.shape[0]} positions"
-            raise GrowError(asked, f"there are {labels.numel()} labels", "one label per position")
+    check_positions(hidden, "hidden states", len(labels))
+    if chunk is not None and chunk < 1:
+        raise GrowError(f"linear_ki_loss(chunk={chunk})", "that is no number of positions", "1 or more, or None")
+    if softcap is not None and not softcap > 0:
+        raise GrowError(f"linear_ki_loss(softcap={softcap})", "it bounds nothing", "above 0, or None")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
         asked = f"hidden states of width {hidden.shape[1]} with a head {tuple(weight.shape)}"
         raise GrowError(asked, "the head does not read them", f"a weight [vocabulary, {hidden.shape[1]}]")
@@ -75,9 +76,10 @@ def linear_ki_loss(
     else:
         rows, labels_N = counted, labels[counted]
     if isinstance(teacher, Projection):
+        check_positions(teacher.hidden, "a teacher's hidden states", len(labels))
         source: Source = teacher.rows(rows)
     else:
-        source = as_targets(teacher, rows, temperature, labels.numel())
+        source = as_source(teacher, rows, len(labels))
     sums = linear_ki_sums(
         Projection(hidden[rows], weight, bias, logit_scale, softcap),
         labels_N,
@@ -121,11 +123,12 @@ def linear_ki_sums(
     if isinstance(teacher, Projection):
         teacher = teacher.gathered()
     device = student.hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and student.hidden.dtype != torch.float64:  # which autocast leaves alone
         student = student.cast(torch.get_autocast_dtype(device))
     vocab = student.shape[1]
     settings = _Settings(student.scale, student.softcap, temperature, gate, chunk or _chunk(vocab), recompute)
-    alpha = student.hidden.new_zeros((), dtype=torch.promote_types(student.hidden.dtype, torch.float32)) + alpha
+    exact = torch.promote_types(student.hidden.dtype, torch.float32)
+    alpha = student.hidden.new_zeros((), dtype=exact) + (alpha.to(exact) if isinstance(alpha, Tensor) else alpha)
     with torch.autocast(device, enabled=False):
         sums = _LinearKILoss.apply(student.hidden, student.weight, student.bias, alpha, labels, teacher, settings)
     return KISums(*sums)
@@ -171,12 +174,14 @@ class _LinearKILoss(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         difference, *saved = ctx.saved_tensors
         if ctx.recompute:
             hidden, weight, bias, alpha, labels = saved
             head = Projection(hidden, weight, bias, ctx.settings.scale, ctx.settings.softcap)
-            _, saved = _run(head, alpha, labels, ctx.teacher, ctx.settings, ctx.needs_input_grad[:3])
+            with torch.autocast(hidden.device.type, enabled=False):
+                _, saved = _run(head, alpha, labels, ctx.teacher, ctx.settings, ctx.needs_input_grad[:3])
         gradients = [None if gradient is None else gradient * upstream[0].to(gradient.dtype) for gradient in saved]
         return (*gradients, difference * upstream[0], None, None, None)
 
@@ -201,6 +206,7 @@ def _run(
         logits = head.rows(rows).logits()
         slope = None if settings.softcap is None else 1 - (logits / settings.softcap).square()
         targets = rows_of(teacher, rows, settings.temperature, logits.device).over(logits.shape[1])
+        targets = targets.to(logits.device, logits.dtype)
         sums[4:] += teacher_ce(targets, labels[rows])
         parts, gradient = _chunk_loss(logits, labels[rows], targets, alpha, settings.gate, any(wanted))
         sums[:4] += parts
@@ -236,27 +242,28 @@ def _chunk_loss(
     log_z = kl.log_z if together else logits.logsumexp(1)
     ce = torch.where(counts, log_z - label_logits, 0)
     kd = torch.where(counts, kl.value * targets.temperature**2, 0)
-    weight = alpha.expand_as(ce)
+    listens = counts
     if gate:
-        weight = weight * (targets.label_logprobs(labels) > -ce)
-    difference = kd - ce
+        listens = counts & (targets.label_logprobs(labels) > label_logits / targets.temperature - kl.log_z)
+    weight = alpha * listens
     # A position without weight on one side keeps that side's NaN out, as `mix` does.
     loss = torch.where(weight == 1, 0, (1 - weight) * ce) + torch.where(weight == 0, 0, weight * kd)
-    listened = difference.sum() if not gate else torch.where(weight == 0, 0, difference).sum()
-    sums = torch.stack([listened, loss.sum(), ce.sum(), kd.sum()])
+    sums = torch.stack([torch.where(listens, kd - ce, 0).sum(), loss.sum(), ce.sum(), kd.sum()])
     if not with_gradient:
         return sums, None
-    on_ce, on_kd = ((1 - weight) * counts)[:, None], (weight * targets.temperature * counts)[:, None]
-    gradient = logits.sub_(log_z[:, None]).exp_()
+    on_ce, on_kd = ((1 - weight) * counts)[:, None], (weight * targets.temperature)[:, None]
+    silent = on_kd == 0
+    gradient = logits.sub_((kl.base if together else log_z)[:, None]).exp_()
     if not together:
-        gradient.mul_(on_ce)[:, : targets.vocab] += _kl_gradient(scaled, targets, kl).mul_(on_kd)
+        of_kl = _kl_gradient(scaled, targets, kl).mul_(on_kd).masked_fill_(silent, 0)
+        gradient.mul_(on_ce)[:, : targets.vocab] += of_kl
     elif targets.ids is None:
-        gradient.mul_(on_ce + on_kd).addcmul_(kl.added, -on_kd)
+        gradient.mul_(on_ce + on_kd).addcmul_(kl.added.masked_fill_(silent, 0), -on_kd)
     else:
-        added = on_kd * kl.added
+        slope, added = ((on_kd * part).masked_fill(silent, 0) for part in (kl.slope, kl.added))
         if kl.listed is not None:  # the listed tokens were taken out of the softmax
             added = added + on_ce * kl.listed
-        gradient.mul_(on_ce + on_kd * kl.slope).scatter_add_(1, targets.ids, added)
+        gradient.mul_(on_ce * kl.share + slope).scatter_add_(1, targets.ids, added)
     return sums, gradient.scatter_add_(1, at_label, -on_ce)
 
 
@@ -270,13 +277,15 @@ def teacher_ce(targets: Targets, labels: Tensor) -> Tensor:
 
 
 class _KL(NamedTuple):
-    """The KL of n positions, and its gradient in parts: slope · softmax + what is added, at the listed ids or at all.
+    """The KL of n positions, and its gradient in parts: slope · exp(logits - base) + what is added at the listed ids.
 
-    Of a bucket the softmax is that of the tokens that are not listed, whose logits are all that is left.
+    Of a bucket only the logits of the tokens that are not listed are left, and `base` is their log Σ exp.
     """
 
     value: Tensor  # [n], without τ²
     log_z: Tensor  # [n], log Σ exp of the student's logits / τ
+    base: Tensor  # [n]
+    share: Tensor  # [n, 1], exp(base - log_z)
     slope: Tensor  # [n, 1]
     added: Tensor  # [n, K]; of dense targets [n, V], and what is taken away
     listed: Tensor | None  # [n, K], the student's probabilities; of a bucket
@@ -284,32 +293,32 @@ class _KL(NamedTuple):
 
 def _kl(logits: Tensor, targets: Targets) -> _KL:
     """Changes the logits: those that a bucket lists become -inf."""
+    one = logits.new_ones((len(logits), 1))
     if targets.ids is None:
         log_z, p = logits.logsumexp(1), targets.logprobs.exp()
         # p · (log p - z) with 0 · -inf = 0, for a teacher that excludes tokens and for a student that does
         log_ratio = targets.logprobs.sub(logits).masked_fill_(p == 0, 0.0)
-        return _KL(log_z + torch.linalg.vecdot(p, log_ratio), log_z, logits.new_ones((len(logits), 1)), p, None)
+        return _KL(log_z + torch.linalg.vecdot(p, log_ratio), log_z, log_z, one, one, p, None)
     log_w, constant = listed_weights(targets)
     w = log_w.exp()
     listed = logits.gather(1, targets.ids)
     if targets.treatment != "bucket":
         log_z = logits.logsumexp(1)
-        value = constant - (w * (listed - log_z[:, None])).sum(1)
-        return _KL(value, log_z, w.sum(1, keepdim=True), -w, None)
+        value = constant - product(w, listed - log_z[:, None]).sum(1)
+        return _KL(value, log_z, log_z, one, w.sum(1, keepdim=True), -w, None)
     assert targets.tail is not None
     tail = logits.scatter_(1, targets.ids, -torch.inf).logsumexp(1)
     log_z = torch.logaddexp(tail, listed.logsumexp(1))
-    q = (listed - log_z[:, None]).exp()
-    t = targets.tail.exp()
-    value = constant - (w * (listed - log_z[:, None])).sum(1) - product(t, tail - log_z)
-    # p_j (1 - t / q_tail) = p_j - t p_j / q_tail for the tokens of the tail; no tail on the student's side: 0.
-    ratio = torch.where(tail == -torch.inf, 1.0, (targets.tail - (tail - log_z)).exp())
-    return _KL(value, log_z, (1 - ratio)[:, None], q - w, q)
+    q, q_tail, t = (listed - log_z[:, None]).exp(), (tail - log_z).exp(), targets.tail.exp()
+    value = constant - product(w, listed - log_z[:, None]).sum(1) - product(t, tail - log_z)
+    base = tail.masked_fill(tail == -torch.inf, 0.0)
+    # A token of the tail has q_tail exp(logit - tail) of the student, t of it of the teacher.
+    return _KL(value, log_z, base, q_tail[:, None], (q_tail - t)[:, None], q - w, q)
 
 
 def _kl_gradient(logits: Tensor, targets: Targets, kl: _KL) -> Tensor:
     """d KL / d (logits / τ), [n, targets.vocab], of the logits that `_kl` has read."""
-    gradient = (logits - kl.log_z[:, None]).exp()
+    gradient = (logits - kl.base[:, None]).exp()
     if targets.ids is None:
         return gradient.sub_(kl.added)
     return gradient.mul_(kl.slope).scatter_add_(1, targets.ids, kl.added)

@@ -82,7 +82,7 @@ def _teacher_loss(guide: Online, trainer: Trainer, eval_dataset: Any) -> float:
     total = torch.zeros(2, device=trainer.args.device)
     for batch in trainer.get_eval_dataloader(eval_dataset):
         inputs = trainer._prepare_inputs(batch)
-        source, labels = guide.whole(inputs)
+        source, labels = guide.teacher.at_labels(inputs)
         for start in range(0, len(labels), CHUNK):
             rows = slice(start, start + CHUNK)
             total += teacher_ce(rows_of(source, rows, 1.0, labels.device), labels[rows]).to(total.device)

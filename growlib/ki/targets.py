@@ -50,6 +50,7 @@ class Targets:
     @classmethod
     def dense(cls, logits: Tensor, *, temperature: float = 1.0) -> "Targets":
         """The whole distribution softmax(logits / τ), from [N, V]."""
+        check_temperature("Targets.dense", temperature)
         logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         return cls((logits / temperature).log_softmax(-1), logits.shape[-1], temperature=temperature)
 
@@ -71,8 +72,9 @@ class Targets:
             tail: how a loss reads the rest: "bucket", "renorm_teacher" or "none".
 
         Raises:
-            GrowError: k is not in 1 ... V, or `tail` is unknown.
+            GrowError: k is not in 1 ... V, `tail` is unknown, τ or `tile` is not positive.
         """
+        check_temperature("Targets.top_k", temperature)
         _check_tail(tail, ("bucket", "renorm_teacher", "none"))
         head = _Head(source, k, 0)
         for ids, logits in _tiles(source, tile, temperature):
@@ -106,13 +108,18 @@ class Targets:
             keys: [N] int64; None numbers the rows.
 
         Raises:
-            GrowError: k is not in 0 ... V, or samples is below 1.
+            GrowError: k is not in 0 ... V, samples or `tile` is below 1, τ is not positive, or there is not one key per
+                position.
         """
+        check_temperature("Targets.sample", temperature)
         if samples < 1:
             raise GrowError(f"Targets.sample(samples={samples})", "nothing is drawn", "at least 1, or Targets.top_k")
         head = _Head(source, k, samples)
         if keys is None:
             keys = torch.arange(source.shape[0], device=head.tail.device)
+        if keys.shape != (source.shape[0],) or keys.dtype != torch.int64:
+            asked = f"Targets.sample(keys={keys.dtype} {list(keys.shape)})"
+            raise GrowError(asked, "each position is drawn by its key", f"int64 [{source.shape[0]}]")
         for number, (ids, logits) in enumerate(_tiles(source, tile, temperature)):
             head.take(ids, logits, uniforms(seed, keys, number, 4 * samples))
         log_z = head.normaliser
@@ -135,9 +142,14 @@ class Targets:
     def __getitem__(self, rows: slice | Tensor) -> "Targets":
         return self._each(lambda tensor: tensor[rows])
 
-    def to(self, device: torch.device) -> "Targets":
-        """On another device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Targets":
+        """On another device, the probabilities in another dtype."""
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return moved if dtype is None else moved._each(lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+    def detach(self) -> "Targets":
+        """Without a graph."""
+        return self._each(torch.Tensor.detach)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
         return replace(
@@ -172,6 +184,7 @@ class Targets:
             GrowError: they are sparse: K log-probabilities at one τ do not say what the rest of the vocabulary
                 weighs at another (a top-128 that holds 97 % at τ = 1 may hold 3 % at τ = 4).
         """
+        check_temperature("targets", temperature)
         if temperature == self.temperature:
             return self
         if self.ids is not None:
@@ -215,8 +228,12 @@ def mixture(parts: Sequence[Targets], weights: Sequence[float]) -> Targets:
     constant above KL(Σ wᵢ Pᵢ ‖ student), with the same gradient.
 
     Raises:
-        GrowError: the parts are neither all dense nor all sampled, or differ in vocabulary or temperature.
+        GrowError: the parts are neither all dense nor all sampled, or differ in vocabulary or temperature; or the
+            weights are not one positive number each, summing to 1.
     """
+    if len(weights) != len(parts) or not parts or min(weights) <= 0 or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        asked = f"averaging {len(parts)} teachers with weights {list(weights)}"
+        raise GrowError(asked, "that is no average", "one positive weight for each of one or more, summing to 1")
     kinds = {(part.treatment, part.vocab, part.temperature) for part in parts}
     if len(kinds) != 1 or parts[0].treatment not in {"dense", "sampled"}:
         raise GrowError(
@@ -257,10 +274,10 @@ class Blend:
     def shape(self) -> tuple[int, int]:
         """(N, the vocabulary of all)."""
         first = self.parts[0]
-        return (len(first), first.vocab) if isinstance(first, Targets) else first.shape
+        return (len(first), first.vocab) if isinstance(first, Targets) else (first.shape[0], first.shape[1])
 
 
-Source = Targets | Projection | Blend
+Source = Tensor | Targets | Projection | Blend  # a tensor: logits
 
 
 def rows_of(source: Source, rows: slice, temperature: float, device: torch.device) -> Targets:
@@ -269,7 +286,8 @@ def rows_of(source: Source, rows: slice, temperature: float, device: torch.devic
         return mixture([rows_of(part, rows, temperature, device) for part in source.parts], source.weights)
     if isinstance(source, Targets):
         return source[rows].to(device).at(temperature)
-    return Targets.dense(source.rows(rows).logits(), temperature=temperature).to(device)
+    logits = source[rows] if isinstance(source, Tensor) else source.rows(rows).logits()
+    return Targets.dense(logits, temperature=temperature).to(device)
 
 
 def _columns(part: Targets, shift: float, drawn: bool) -> tuple[Tensor, Tensor]:
@@ -280,6 +298,12 @@ def _columns(part: Targets, shift: float, drawn: bool) -> tuple[Tensor, Tensor]:
     return part.logprobs[:, columns] + shift, part.ids[:, columns]
 
 
+def check_temperature(asked: str, temperature: float) -> None:
+    """Raise GrowError where τ is not positive."""
+    if not 0 < temperature < math.inf:
+        raise GrowError(f"{asked} at temperature={temperature}", "it is not positive", "such as 1.0")
+
+
 def _check_tail(tail: str, valid: Sequence[str]) -> None:
     if tail not in valid:
         raise GrowError(f"tail={tail!r}", "there is no such treatment here", ", ".join(valid))
@@ -288,6 +312,8 @@ def _check_tail(tail: str, valid: Sequence[str]) -> None:
 @torch.no_grad()
 def _tiles(source: Tensor | Projection, tile: int, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids [w], logits / τ [N, w]) over the vocabulary."""
+    if tile < 1:
+        raise GrowError(f"tile={tile}", "that is no number of token ids", "1 or more")
     if isinstance(source, Projection):
         source = source.gathered()
     vocab = source.shape[1]
@@ -302,7 +328,7 @@ class _Head:
     """A running top-K over tiles of logits; what leaves it, or never enters, is the tail, which is drawn from.
 
     Attributes:
-        logits, ids: [N, K], the largest so far.
+        logits, ids: [N, K], the largest so far; fewer columns while fewer ids were seen, so that all are distinct.
         tail: [N], log Σ exp of all others.
         tail_mean: [N], the mean logit under the softmax of the tail; there with draws.
         draws: [N, M], ids drawn from the tail in proportion to its probabilities.
@@ -314,10 +340,11 @@ class _Head:
         positions, vocab = source.shape
         if not (k >= 1 or (samples and k == 0)) or k > vocab:
             raise GrowError(f"the {k} most probable tokens of {vocab}", "there are not so many", f"1 to {vocab}")
+        self.k = k
         like = source if isinstance(source, Tensor) else source.hidden
         floating = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
-        self.logits = torch.full((positions, k), -torch.inf, **floating)  # type: ignore[call-overload]
-        self.ids = torch.zeros((positions, k), dtype=torch.int64, device=like.device)
+        self.logits = torch.empty((positions, 0), **floating)  # type: ignore[call-overload]
+        self.ids = torch.empty((positions, 0), dtype=torch.int64, device=like.device)
         self.tail = torch.full((positions,), -torch.inf, **floating)  # type: ignore[call-overload]
         self.tail_mean = torch.zeros((positions,), **floating)  # type: ignore[call-overload]
         self.draws = torch.zeros((positions, samples), dtype=torch.int64, device=like.device)
@@ -337,10 +364,9 @@ class _Head:
     @torch.no_grad()
     def take(self, ids: Tensor, logits: Tensor, random: Tensor | None) -> None:
         """Add a tile: ids [w], logits [N, w]; `random` [N, 4 M] uniforms where draws are wanted."""
-        k = self.logits.shape[1]
-        best, place = logits.topk(min(k, len(ids)), dim=1)
+        best, place = logits.topk(min(self.k, len(ids)), dim=1)
         candidates, candidate_ids = torch.cat([self.logits, best], 1), torch.cat([self.ids, ids[place]], 1)
-        self.logits, chosen = candidates.topk(k, dim=1)
+        self.logits, chosen = candidates.topk(min(self.k, candidates.shape[1]), dim=1)
         self.ids = candidate_ids.gather(1, chosen)
         never, left = (None, None) if random is None else random.chunk(2, dim=1)
         self._into_tail(ids.expand(len(logits), -1), logits.scatter(1, place, -torch.inf), never)
