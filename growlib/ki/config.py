@@ -70,26 +70,29 @@ class KIConfig:
                     "a PreTrainedModel, a folder, or a hub id; a tuple or a dict of them",
                 )
         self._require("teacher", not several or len(self.teacher) > 0, "at least one")  # type: ignore[arg-type]
-        self._require("schedule", self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES))
+        self._require("schedule", self.schedule in tuple(SCHEDULES), "one of " + ", ".join(SCHEDULES))
         if self.stop_at == "auto":
             pass
         elif self.stop_at is None:
             self._require("stop_at", self.schedule == "constant", "a share in (0, 1]; None with constant only")
         else:
             share = self.stop_at
-            self._require("stop_at", isinstance(share, float | int) and 0 < share <= 1, 'a share in (0, 1], or "auto"')
+            self._require("stop_at", _is_number(share) and 0 < share <= 1, 'a share in (0, 1], or "auto"')
         temperature, alpha = self.temperature, self.alpha
-        self._require("temperature", isinstance(temperature, float | int) and 0 < temperature < float("inf"), "above 0")
-        self._require("alpha", isinstance(alpha, float | int) and 0 <= alpha <= 1, "a weight in [0, 1]")
-        self._require(
-            "teacher_dtype",
-            self.teacher_dtype is None or self.teacher_dtype.is_floating_point,
-            "a floating-point torch.dtype, or None",
-        )
+        self._require("temperature", _is_number(temperature) and 0 < temperature < float("inf"), "above 0")
+        self._require("alpha", _is_number(alpha) and 0 <= alpha <= 1, "a weight in [0, 1]")
+        dtype = self.teacher_dtype
+        is_dtype = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        self._require("teacher_dtype", dtype is None or is_dtype, "a floating-point torch.dtype, or None")
         for name in ("common_vocab", "top_k"):
             count = getattr(self, name)
-            self._require(name, count is None or (isinstance(count, int) and count > 0), "a positive count, or None")
-        self._require("tail", self.tail is None or self.tail in TREATMENTS, "one of " + ", ".join(TREATMENTS))
+            is_count = isinstance(count, int) and not isinstance(count, bool) and count > 0
+            self._require(name, count is None or is_count, "a positive count, or None")
+        self._require("tail", self.tail in (None, *TREATMENTS), "one of " + ", ".join(TREATMENTS))
+        self._require("gate", isinstance(self.gate, bool), "True or False")
+        if self.top_k is not None:
+            self._require("tail", self.tail != "sampled", "with an online top_k bucket, renorm_teacher or none")
+            self._require("teacher", not isinstance(self.teacher, tuple), "with top_k one teacher, or one per domain")
         self._require(
             "domain",
             (self.domain is not None) == isinstance(self.teacher, Mapping),
@@ -100,8 +103,9 @@ class KIConfig:
             self.weights is None
             or (
                 isinstance(self.teacher, tuple)
+                and isinstance(self.weights, tuple)
                 and len(self.weights) == len(self.teacher)
-                and all(weight > 0 for weight in self.weights)
+                and all(_is_number(weight) and weight > 0 for weight in self.weights)
                 and math.isclose(sum(self.weights), 1.0, abs_tol=1e-6)
             ),
             "one positive weight per teacher of a tuple, summing to 1",
@@ -114,3 +118,7 @@ class KIConfig:
     def alpha_at(self, progress: float) -> float:
         """α when the share `progress` of training (0 to 1) is done; with "auto", while the teacher is heard."""
         return self.alpha * SCHEDULES[self.schedule](progress, 1.0 if self.stop_at == "auto" else self.stop_at)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)

@@ -86,8 +86,8 @@ class Weighted:
 class ByDomain:
     """One teacher per domain: it teaches the rows of its domain (arXiv 2105.13880, section 4.4)."""
 
-    def __init__(self, guides: list[Guide], head: Head) -> None:
-        self.guides, self.head = guides, head
+    def __init__(self, guides: list[Guide], head: Head, names: tuple[Any, ...]) -> None:
+        self.guides, self.head, self.names = guides, head, names
 
     def parts(self, batch: dict[str, Any]) -> list[Part]:
         labels = aligned_labels(batch, self.head)
@@ -98,6 +98,9 @@ class ByDomain:
                 "the column in every training example, one example per row",
             )
         domains = batch[DOMAIN]
+        if (domains < 0).any():
+            wrong = "an example of this batch is of a domain that has no teacher"
+            raise GrowError("KIConfig(domain=...)", wrong, ", ".join(map(repr, self.names)))
         of_position = domains.view(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)[labels != IGNORE_INDEX]
         parts = []
         for number, guide in enumerate(self.guides):
@@ -105,13 +108,21 @@ class ByDomain:
             if len(rows) == 0:
                 continue
             positions = (of_position == number).nonzero()[:, 0]
-            mine = {name: x[rows] if _per_row(x, len(domains)) else x for name, x in batch.items() if name != DOMAIN}
+            mine = {name: _rows(name, x, rows, len(domains)) for name, x in batch.items() if name != DOMAIN}
             parts += [part._replace(rows=positions) for part in guide.parts(mine)]
         return parts
 
 
-def _per_row(value: Any, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
+def _rows(name: str, value: Any, rows: Tensor, count: int) -> Any:
+    """Some examples' part of a batch's entry."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if name == "position_ids" and value.ndim == 3:  # of several axes, [A, B, L]
+        return value[:, rows]
+    if value.shape[0] != count:
+        wrong = f"{name} of shape {list(value.shape)} does not say which part belongs to which of {count} examples"
+        raise GrowError("KIConfig(domain=...)", wrong, "batches with one row per example in every tensor")
+    return value[rows]
 
 
 def resolve_guide(
@@ -133,10 +144,14 @@ def resolve_guide(
         if config.tail is not None and config.top_k is None:
             asked = f"KIConfig(tail={config.tail!r}) with an online teacher"
             raise GrowError(asked, "its whole distribution has no tail", "top_k beside it, or a cache, or no tail")
-        return Online(resolve_teacher(config, teacher, student, student_tokenizer, device), config)
+        online = Online(resolve_teacher(config, teacher, student, student_tokenizer, device), config)
+        if config.top_k is not None and config.top_k > online.teacher.common_vocab:
+            wrong = f"teacher and student share {online.teacher.common_vocab} token ids"
+            raise GrowError(f"KIConfig(top_k={config.top_k})", wrong, "at most so many")
+        return online
 
     if isinstance(config.teacher, Mapping):
-        return ByDomain([one(teacher) for teacher in config.teacher.values()], head)
+        return ByDomain([one(teacher) for teacher in config.teacher.values()], head, tuple(config.teacher))
     if isinstance(config.teacher, tuple):
         guides = [one(teacher) for teacher in config.teacher]
         return Weighted(guides, config.weights or (1 / len(guides),) * len(guides))
@@ -165,11 +180,7 @@ def _cached(cache: TeacherCache, config: KIConfig, student: PreTrainedModel, tok
 
 
 class WithDomain:
-    """A collator that carries each example's domain past any other collator, as the number of its teacher.
-
-    Raises:
-        GrowError: an example's domain has no teacher.
-    """
+    """A collator that carries each example's domain past any other collator, as the number of its teacher or -1."""
 
     def __init__(self, collator: Callable[[list[Any]], dict[str, Any]], column: str, domains: tuple[Any, ...]) -> None:
         self.collator, self.column, self.domains = collator, column, domains
@@ -180,12 +191,6 @@ class WithDomain:
         batch = self.collator(rest)
         if all(domain is None for domain in found):  # held-out examples need none
             return batch
-        for domain in found:
-            if domain not in self.domains:
-                raise GrowError(
-                    f"an example with {self.column}={domain!r}",
-                    "no teacher is of this domain",
-                    ", ".join(map(repr, self.domains)),
-                )
-        batch[DOMAIN] = torch.tensor([self.domains.index(domain) for domain in found])
+        numbers = [self.domains.index(domain) if domain in self.domains else -1 for domain in found]
+        batch[DOMAIN] = torch.tensor(numbers)  # one without a teacher may be evaluated
         return batch

@@ -26,7 +26,10 @@ def head_of(model: PreTrainedModel) -> Head:
     Raises:
         GrowError: the model is neither a language model nor a classifier of images into one class each.
     """
-    if model.config.is_encoder_decoder:
+    asked = f"Knowledge Inheritance with {type(model).__name__}"
+    if not isinstance(model, PreTrainedModel):
+        raise GrowError(asked, "it is no model of transformers", "a PreTrainedModel")
+    if model.config.is_encoder_decoder and model.get_output_embeddings() is not None:
         return "seq2seq"
     class_names = {cls.__name__ for cls in type(model).__mro__}
     one_class = (model.config.num_labels or 0) > 1
@@ -40,7 +43,7 @@ def head_of(model: PreTrainedModel) -> Head:
     if class_names & _classes(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or loss is ForCausalLMLoss:
         return "causal"
     raise GrowError(
-        f"Knowledge Inheritance with {type(model).__name__}",
+        asked,
         "its loss is neither a causal nor a masked language-modelling loss, nor that of one class per image",
         "a causal, masked or sequence-to-sequence language model, or an image classifier",
     )
@@ -51,7 +54,8 @@ def decoder_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor
     if "decoder_input_ids" in inputs:
         return {"decoder_input_ids": inputs["decoder_input_ids"]}
     make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    return {} if make is None else {"decoder_input_ids": make(inputs["labels"])}
+    composite = getattr(model.config, "decoder", None) is not None  # it makes a mask of the labels, too
+    return {} if make is None or composite else {"decoder_input_ids": make(inputs["labels"])}
 
 
 def _classes(table: Mapping[str, str | Sequence[str]]) -> set[str]:
@@ -69,6 +73,9 @@ def aligned_labels(inputs: dict[str, Tensor], head: Head) -> Tensor:
     """The label that each position's logits predict, [batch, length], of images [batch]; as in `ForCausalLMLoss`."""
     if "shift_labels" in inputs:
         return inputs["shift_labels"]
+    if "labels" not in inputs:
+        given = ", ".join(inputs)
+        raise GrowError(f"a teacher for a batch of {given}", "it has no labels", 'a column "labels", or a collator\'s')
     if head == "causal":
         return F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
     return inputs["labels"]

@@ -89,22 +89,32 @@ def reach(bare: PreTrainedModel, call: Callable[..., Any], inputs: Mapping[str, 
     found = Reach(head, *final_logits(bare.config))
     seen: list[Tensor] = []
     projected: list[Tensor] = []
+    dtypes: list[torch.dtype] = []  # of the head's own output, half under autocast whatever becomes of it
 
     def watch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
         # Here the weight is whole, wherever a wrapper keeps it split.
         projected.append(found.projection(args[0]).logits())
 
-    handle = head.register_forward_pre_hook(watch)
+    handles = [
+        head.register_forward_pre_hook(watch),
+        head.register_forward_hook(lambda _module, _args, output: dtypes.append(output.dtype)),
+    ]
     try:
-        logits = call(**inputs).logits
+        outputs = call(**inputs)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    if not isinstance(outputs, dict):
+        raise Unreachable("it returns a tuple")
+    logits = outputs["logits"]
     if len(seen) != 1 or seen[0].shape[:-1] != logits.shape[:-1]:
         raise Unreachable(f"its head runs {len(seen)} times, or not at every position")
     if projected[0].numel() != logits.numel():
         raise Unreachable("it adds or drops token ids after its head")
-    tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 3e-2
+    tolerance = 1e-4 if dtypes[0].itemsize >= 4 else 3e-2
+    if not logits.isfinite().all():
+        raise Unreachable("its logits are not finite")
     difference = (projected[0].view_as(logits) - logits).abs().max()
     if not difference <= tolerance * logits.float().abs().max():
         raise Unreachable("it changes its logits after the head in a way that its config does not name")
@@ -124,11 +134,14 @@ def stand_in(hidden: Tensor) -> Tensor:
 
 
 def without_logits(found: Reach, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Projection:
-    """A forward pass up to the head, of a model that nothing wraps: the logits, not yet computed."""
+    """A forward pass up to the head, of a model that nothing wraps: the logits, not yet computed.
+
+    The states are in the head's own dtype; autocast gives others.
+    """
     seen: list[Tensor] = []
 
     def keep(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
+        seen.append(hidden.to(found.head.weight.dtype))
         return stand_in(hidden)
 
     with found.replaced(keep):

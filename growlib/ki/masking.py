@@ -16,8 +16,9 @@ from growlib.ki.heads import IGNORE_INDEX
 class MaskedExamples(Dataset):
     """A dataset of token ids with BERT's masking (arXiv 1810.04805, section 3.1), decided by (seed, epoch, example).
 
-    Of the chosen positions 80 % become the mask token, 10 % a random one, 10 % stay. The Trainer calls `set_epoch`;
-    epoch e has the masks of epoch e mod `masks`, so that a cache of `all_masks()` serves any number of epochs.
+    Of the chosen positions 80 % become the mask token, 10 % a random one, 10 % stay. `KITrainer` calls `set_epoch`
+    (accelerate does not, with several processes); epoch e has the masks of epoch e mod `masks`, so that a cache of
+    `all_masks()` serves any number of epochs.
 
     Args:
         examples: a dataset with a length and an index; `input_ids` is read, other columns are kept.
@@ -49,14 +50,19 @@ class MaskedExamples(Dataset):
             raise GrowError(f"MaskedExamples(share={share})", "it is no share of the positions", "such as 0.15")
         self.examples, self.mask_token, self.vocab = examples, mask_token, vocab
         self.masks, self.seed, self.share, self.special = masks, seed, share, special
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # with a loader's workers, which may persist
 
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def epoch(self) -> int:
+        """Whose masks are seen."""
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the masks of an epoch."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def all_masks(self) -> Dataset:
         """Every example under each of its masks, for `cache_teacher`."""

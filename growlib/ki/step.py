@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
 from growlib.ki.guide import Part
-from growlib.ki.hidden import Reach
+from growlib.ki.hidden import Reach, stand_in
 from growlib.ki.linear import linear_ki_sums, teacher_ce
 from growlib.ki.loss import at_least_float32, kl_per_position, mix
 from growlib.ki.targets import rows_of
 
+CHUNK = 1024  # positions of held-out logits at once
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]  # CE, KL, the teacher's CE, and over how many positions the last is known
 
 
@@ -74,10 +76,30 @@ def linear_step(
     with found.replaced(at_head):
         outputs = model(**inputs)
     _refuse_auxiliary_loss(outputs)
+    if not losses:
+        raise GrowError("Knowledge Inheritance", "the student did not use its head", "a head that stays the same")
     first = outputs["logits"].reshape(-1)[0]
     ce, kd, teacher, known = torch.stack(sums).sum(0)
     # Beside 0, a soft-cap has slope 1.
     return losses[0] + (first - first.detach()) / found.scale, (ce, kd, teacher, known)
+
+
+@torch.no_grad()
+def held_out_ce(found: Reach, model: nn.Module, inputs: dict[str, Any], labels: Tensor, counted: Tensor) -> Tensor:
+    """The student's CE at its counted positions, [N]; `labels`, `counted`: [batch · length]."""
+    ce: list[Tensor] = []
+
+    @torch.compiler.disable
+    def at_head(hidden: Tensor) -> Tensor:
+        student, wanted = found.projection(hidden).rows(counted), labels[counted]
+        for start in range(0, len(wanted), CHUNK):
+            rows = slice(start, start + CHUNK)
+            ce.append(F.cross_entropy(student.rows(rows).logits(), wanted[rows], reduction="none"))
+        return stand_in(hidden)
+
+    with found.replaced(at_head):
+        model(**inputs)
+    return torch.cat([labels.new_zeros(0, dtype=torch.float32), *ce])
 
 
 def plain_step(step: Step, ce: Tensor, outputs: Any, weight: float | Tensor) -> tuple[Tensor, Sums]:
@@ -92,8 +114,15 @@ def plain_step(step: Step, ce: Tensor, outputs: Any, weight: float | Tensor) -> 
             "the loss of this student cannot be taken apart into positions",
             "a model with its plain loss and a head that growlib reaches (the log says why not), or gate=False",
         )
-    logits = _logits_of(outputs)
-    student = at_least_float32(logits.reshape(-1, logits.shape[-1])[step.counted.to(logits.device)])
+    logits = logits_of(outputs, step.counted)
+    _refuse_auxiliary_loss(outputs)
+    if not logits.requires_grad:
+        raise GrowError(
+            "Knowledge Inheritance",
+            "the student's logits carry no gradient: the trainer behind the mixin computes its loss without them",
+            "loss_is_plain = True in the class that mixes them, where that loss is the plain cross-entropy",
+        )
+    student = at_least_float32(logits[step.counted.to(logits.device)])
     kd = ce.new_zeros((), dtype=student.dtype)
     known = student.new_zeros(2)
     for part in step.parts:
@@ -106,28 +135,33 @@ def plain_step(step: Step, ce: Tensor, outputs: Any, weight: float | Tensor) -> 
     return mix(ce, kd * weight, step.alpha), (ce_sum, kd, known[0], known[1])
 
 
-def _logits_of(outputs: Any) -> Tensor:
-    """The student's logits, [batch, length, V]."""
+def logits_of(outputs: Any, labels: Tensor) -> Tensor:
+    """The student's logits, [batch · length, V], one row per label, of which there are [batch · length].
+
+    Raises:
+        GrowError: there are none, or not so many.
+    """
     if not isinstance(outputs, dict) or outputs.get("logits") is None:
         raise GrowError(
             "Knowledge Inheritance",
             "the student returned no logits beside its loss",
             "return_dict=True and a loss that keeps the logits (no fused, chunked or Liger loss)",
         )
-    _refuse_auxiliary_loss(outputs)
-    if not outputs["logits"].requires_grad:
+    logits = outputs["logits"].flatten(0, -2)
+    if len(logits) != len(labels):
         raise GrowError(
             "Knowledge Inheritance",
-            "the student's logits carry no gradient: the trainer behind the mixin computes its loss without them",
-            "loss_is_plain = True in the class that mixes them, where that loss is the plain cross-entropy",
+            f"the student's logits are at {len(logits)} positions and the labels at {len(labels)}",
+            "logits aligned with the labels: no virtual tokens in front (prompt tuning), LoRA for instance",
         )
-    return outputs["logits"]
+    return logits
 
 
 def _refuse_auxiliary_loss(outputs: Any) -> None:
-    if outputs.get("aux_loss") is not None:
-        raise GrowError(
-            "Knowledge Inheritance",
-            "the student adds an auxiliary loss (aux_loss), which the weight 1 - α would switch off",
-            "output_router_logits=False",
-        )
+    for name, value in outputs.items():
+        if name.endswith(("aux_loss", "z_loss")) and value is not None:
+            raise GrowError(
+                "Knowledge Inheritance",
+                f"the student adds an auxiliary loss ({name}), which the weight 1 - α would switch off",
+                "output_router_logits=False",
+            )

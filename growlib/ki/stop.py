@@ -1,10 +1,12 @@
 """When the student has passed its teacher."""
 
 import logging
-import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Trainer, TrainerState
 
 from growlib.errors import GrowError
@@ -21,7 +23,9 @@ class StopWhenPassed:
     """Remembers the teacher's held-out loss, and reads from the training's log whether the teacher was left."""
 
     def __init__(self) -> None:
-        self._loss: float | None = None
+        self.measures = False
+        self._loss: float | None = None  # the teacher's
+        self._sums = torch.zeros(3)  # the student's CE, the teacher's, and over how many positions
         self._state: TrainerState | None = None
         self._seen = 0  # entries of the log that were read
         self._stopped = False
@@ -45,46 +49,56 @@ class StopWhenPassed:
     def stopped(self, state: TrainerState) -> bool:
         """Whether the teacher was left, in this training or before its checkpoint."""
         if state is not self._state:  # a new training; the log of a resumed one holds what was logged before
-            self._state, self._seen, self._stopped = state, 0, False
+            self._state, self._seen, self._stopped, self._loss = state, 0, False, None
         new = state.log_history[self._seen :]
         self._seen += len(new)
         self._stopped = self._stopped or any("ki/stopped" in log for log in new)
         return self._stopped
 
-    def compare(self, guide: Guide, trainer: Trainer, eval_dataset: Any, metrics: dict[str, float]) -> dict[str, float]:
-        """What an evaluation adds to the log; empty where it was of something else than the held-out text.
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """While this lasts the held-out text is evaluated."""
+        self.measures, self._sums = True, torch.zeros(3)
+        try:
+            yield
+        finally:
+            self.measures = False
 
-        Several held-out sets count as the mean of their losses, for both.
+    @torch.no_grad()
+    def add(self, guide: Guide, batch: dict[str, Any], student_ce: Tensor, labels: Tensor) -> None:
+        """Add a batch: the student's CE at its N counted positions, and their labels, both [N].
 
-        Args:
-            eval_dataset: as in `Trainer.evaluate`.
-            metrics: what that returned.
+        The teacher runs in the first evaluation only. Labels that it does not know are left out, for both.
         """
-        sets: Any = trainer.eval_dataset if eval_dataset is None else eval_dataset
-        several = isinstance(sets, dict)
-        names = [f"eval_{name}_loss" for name in sets] if several else ["eval_loss"]
-        if not all(name in metrics for name in names):
-            return {}
-        student = statistics.fmean(metrics[name] for name in names)
-        if self._loss is None and isinstance(guide, Cached):
+        of_teacher = student_ce.new_zeros(())
+        if isinstance(guide, Cached):
             self._loss = guide.cache.header.held_out_ce
-        if self._loss is None:
+            vocab = guide.cache.header.vocab
+        else:
             assert isinstance(guide, Online)
-            each = list(sets.values()) if several else [eval_dataset]
-            self._loss = statistics.fmean(_teacher_loss(guide, trainer, one) for one in each)
-        stopped = {"ki/stopped": float(trainer.state.global_step)} if student <= self._loss else {}
-        return {"ki/teacher_held_out": self._loss, **stopped}
+            vocab = guide.teacher.common_vocab
+            if self._loss is None:
+                source, _ = guide.teacher.at_labels(batch)
+                for start in range(0, len(labels), CHUNK):
+                    rows = slice(start, start + CHUNK)
+                    of_teacher += teacher_ce(rows_of(source, rows, 1.0, labels.device), labels[rows])[0]
+        known = labels < vocab
+        self._sums += torch.stack([student_ce[known].sum(), of_teacher, known.sum()]).cpu()
 
+    def compare(self, trainer: Trainer) -> dict[str, float]:
+        """What the evaluation adds to the log: both mean CE over all processes, and whether the teacher is left.
 
-@torch.no_grad()
-def _teacher_loss(guide: Online, trainer: Trainer, eval_dataset: Any) -> float:
-    """The teacher's mean CE at τ = 1 over all processes; of a data set, None: the trainer's own."""
-    total = torch.zeros(2, device=trainer.args.device)
-    for batch in trainer.get_eval_dataloader(eval_dataset):
-        inputs = trainer._prepare_inputs(batch)
-        source, labels = guide.teacher.at_labels(inputs)
-        for start in range(0, len(labels), CHUNK):
-            rows = slice(start, start + CHUNK)
-            total += teacher_ce(rows_of(source, rows, 1.0, labels.device), labels[rows]).to(total.device)
-    ce, positions = trainer.accelerator.reduce(total, "sum").tolist()
-    return ce / max(positions, 1.0)
+        Raises:
+            GrowError: no label counts.
+        """
+        sums = trainer.accelerator.reduce(self._sums.to(trainer.args.device), "sum")
+        student, teacher, positions = sums.tolist()
+        if positions == 0:
+            raise GrowError(
+                'KIConfig(stop_at="auto")', "the held-out text has no label that counts", "an eval_dataset with labels"
+            )
+        if self._loss is None:
+            self._loss = teacher / positions
+        losses = {"ki/student_held_out": student / positions, "ki/teacher_held_out": self._loss}
+        passed = student / positions <= self._loss
+        return {**losses, "ki/stopped": float(trainer.state.global_step)} if passed else losses

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -165,7 +166,7 @@ def load_teacher(source: str, head: str, dtype: torch.dtype | None) -> PreTraine
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise GrowError(
             asked,
             f"it does not load as a {head} model ({error})",

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from growlib.errors import GrowError
@@ -16,7 +17,7 @@ from growlib.ki.guide import DOMAIN, Guide, WithDomain, resolve_guide
 from growlib.ki.heads import IGNORE_INDEX, aligned_labels, decoder_inputs, head_of
 from growlib.ki.hidden import Reach, Unreachable, reach
 from growlib.ki.metrics import KIMetrics
-from growlib.ki.step import Step, linear_step, plain_step
+from growlib.ki.step import Step, held_out_ce, linear_step, logits_of, plain_step
 from growlib.ki.stop import StopWhenPassed
 
 logger = logging.getLogger("growlib")
@@ -67,6 +68,7 @@ class KIMixin(_Base):
             self._ki_guide = self._ki_resolve_guide(ki)
             if ki.stop_at == "auto":
                 self._ki_stop.check(self._ki_guide, self)
+            self.add_callback(_EpochOfData(self))
             if ki.domain is not None:
                 assert isinstance(ki.teacher, Mapping)
                 self.data_collator = WithDomain(self.data_collator, ki.domain, tuple(ki.teacher))
@@ -85,6 +87,8 @@ class KIMixin(_Base):
         """
         batch, inputs = inputs, {name: value for name, value in inputs.items() if name != DOMAIN}
         if self.ki is None or not model.training:
+            if self._ki_stop.measures:
+                self._ki_measure(model, batch)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         alpha = self._ki_alpha(self.ki)
         self._ki_metrics.alpha = alpha
@@ -103,7 +107,8 @@ class KIMixin(_Base):
         step = Step(parts, labels[counted], counted, alpha, self.ki)
         divides = num_items_in_batch is not None and self._ki_path.divides
         denominator: Any = num_items_in_batch if divides else max(step.labels.numel(), 1)
-        weight = self._ki_loss_scale(num_items_in_batch) / denominator  # of one position
+        # Of one position; of none, a micro-batch may be the whole denominator, which is then 0.
+        weight = self._ki_loss_scale(num_items_in_batch) / denominator if step.labels.numel() else 0.0
         if self._ki_path.reach is not None and not return_outputs:
             loss, sums = linear_step(step, self._ki_path.reach, model, self._ki_without_labels(inputs), weight)
         else:
@@ -114,12 +119,24 @@ class KIMixin(_Base):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `Trainer.evaluate`; with `stop_at="auto"`, in training, the teacher is left once it is passed."""
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        if self.ki is not None and self.ki.stop_at == "auto" and self.is_in_train and self._ki_guide is not None:
-            logs = self._ki_stop.compare(self._ki_guide, self, eval_dataset, metrics)
-            if logs:
-                self.log(logs)
+        hears = self.ki is not None and self.ki.stop_at == "auto" and self.is_in_train and self._ki_guide is not None
+        if eval_dataset is not None or not hears:
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        with self._ki_stop.measuring():
+            metrics = super().evaluate(None, *args, **kwargs)
+        self.log(self._ki_stop.compare(self))
         return metrics
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As in `Trainer.prediction_step`, of which the domains are none of the business."""
+        return super().prediction_step(model, {n: x for n, x in inputs.items() if n != DOMAIN}, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer.train`, whose `model_init` makes a new student."""
+        self._ki_path = None
+        return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the `ki/` values to the training logs, which are those that hold `loss`."""
@@ -145,35 +162,50 @@ class KIMixin(_Base):
         """How the trainer's loss is normalised, and whether it can be computed from the head's hidden states.
 
         Models that compute their loss inline (BERT, T5) accept `num_items_in_batch` and ignore it, and nothing
-        declares it. Forward passes at the first step show it: a sum over the items halves from 1 item to 2. They also
-        show whether the loss is the plain cross-entropy of logits that the head alone makes.
+        declares it. Forward passes at the first step show it: a sum over the items halves over twice as many. They
+        also show whether the loss is the plain cross-entropy of logits that the head alone makes.
         """
-        # With every label counted the loss is not NaN; in eval mode no dropout differs.
-        inputs = {name: x.clamp(min=0) if name in ("labels", "shift_labels") else x for name, x in inputs.items()}
-        one, two = (torch.tensor(n, device=self.args.device) for n in (1.0, 2.0))
+        labels = aligned_labels(inputs, self._ki_head)
+        if not (labels != IGNORE_INDEX).any():  # its loss would be NaN
+            inputs = {name: x.clamp(min=0) if name in ("labels", "shift_labels") else x for name, x in inputs.items()}
+            labels = aligned_labels(inputs, self._ki_head)
+        items = (labels != IGNORE_INDEX).sum()
         model = getattr(model, "_orig_mod", model)  # no graph of torch.compile for what runs once
-        model.eval()
+        trains = model.training
+        model.eval()  # no dropout differs
         found: Reach | None = None
         with torch.no_grad():
-            over_one: Any = super().compute_loss(model, dict(inputs), False, one)
-            over_two = super().compute_loss(model, dict(inputs), False, two)
-            divides = bool(over_one != over_two)
+            once: Any = super().compute_loss(model, dict(inputs), False, items)
+            twice = super().compute_loss(model, dict(inputs), False, 2 * items)
             try:
                 self._ki_require_stock_loss()
                 unlabelled = self._ki_without_labels(inputs)
                 found = reach(self._ki_student(), model, unlabelled)
-                labels = aligned_labels(inputs, self._ki_head).reshape(-1)
-                logits = model(**unlabelled).logits
-                reduction = "sum" if divides else "mean"
-                logits = logits.reshape(-1, logits.shape[-1]).float()
-                ce = torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
-                if abs(over_one / self._ki_loss_scale(one) - ce) > 0.01 * ce:
-                    found = None
-                    raise Unreachable("the student's own loss is not the plain cross-entropy")
+                self._ki_require_plain_loss(once / self._ki_loss_scale(items), model(**unlabelled).logits, inputs)
             except Unreachable as reason:
+                found = None
                 logger.warning("The loss is computed from whole logits: %s.", reason)
-        model.train()
-        return _Path(divides, found)
+        model.train(trains)
+        return _Path(bool(once != twice), found)
+
+    def _ki_require_plain_loss(self, loss: Tensor, logits: Tensor, inputs: dict[str, Any]) -> None:
+        exact = logits.dtype.itemsize >= 4 and not torch.is_autocast_enabled(logits.device.type)
+
+        def is_ce_of(labels: Tensor) -> bool:
+            if logits.shape[:-1] != labels.shape:
+                raise Unreachable("its logits are not one per label")
+            ce = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+            return bool(abs(loss - ce) <= (1e-4 if exact else 1e-2) * ce)
+
+        if is_ce_of(aligned_labels(inputs, self._ki_head)):
+            return
+        if "shift_labels" not in inputs and self._ki_head == "causal" and is_ce_of(inputs["labels"]):
+            raise GrowError(
+                f"Knowledge Inheritance with {type(self._ki_student()).__name__}",
+                "its own loss takes each label for its position's own token and not for the next one's",
+                "a causal model whose loss shifts its labels, or batches with shift_labels",
+            )
+        raise Unreachable("the student's own loss is not the plain cross-entropy")
 
     def _ki_require_stock_loss(self) -> None:
         classes = type(self).__mro__
@@ -216,6 +248,21 @@ class KIMixin(_Base):
         if self.ki is not None and self.ki.domain is not None and self.ki.domain not in columns:
             columns.append(self.ki.domain)
 
+    def _ki_measure(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Add a held-out batch to what says whether the student has passed its teacher."""
+        inputs = {name: value for name, value in batch.items() if name != DOMAIN}
+        if self._ki_path is None:
+            self._ki_path = self._ki_find_path(model, inputs)
+        labels = aligned_labels(inputs, self._ki_head).reshape(-1)
+        counted = labels != IGNORE_INDEX
+        if self._ki_path.reach is not None:
+            ce = held_out_ce(self._ki_path.reach, model, self._ki_without_labels(inputs), labels, counted)
+        else:
+            _, outputs = super().compute_loss(model, dict(inputs), True)
+            ce = F.cross_entropy(logits_of(outputs, labels).float()[counted], labels[counted], reduction="none")
+        assert self._ki_guide is not None
+        self._ki_stop.add(self._ki_guide, inputs, ce, labels[counted])
+
     def _ki_refuse_split_students(self) -> None:
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         splits = {
@@ -236,6 +283,18 @@ class KIMixin(_Base):
 
 class KITrainer(KIMixin, Trainer):
     """The Hugging Face `Trainer` with a teacher: `KITrainer(model=..., args=..., ki=KIConfig(...), ...)`."""
+
+
+class _EpochOfData(TrainerCallback):
+    """Tells the training data its epoch, which accelerate does not where it wraps the batch sampler."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        data: Any = self.trainer.train_dataset
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(int(state.epoch or 0))
 
 
 class _Path(NamedTuple):
