@@ -12,6 +12,7 @@ import generations
 import ki_ablations
 import teacher_factors
 from base import study
+from base.command import STOPPED
 from base.domains import split
 from base.measure import peak_bytes
 
@@ -54,6 +55,9 @@ def test_a_study_is_of_as_many_seeds_as_asked(tmp_path, capsys):
     assert "| row | 4.500 ± 0.707 | 8 |" in (tmp_path / "report.md").read_text()
     assert study.main("", "A study", one_seed, ["--seeds", "0"]) == 2
     assert "1 or more of them" in capsys.readouterr().err
+    for out in (tmp_path / "report.md", "/proc/no", "/proc"):
+        assert study.main("", "A study", one_seed, ["--out", str(out)]) == 2
+        assert "nothing can be written there" in capsys.readouterr().err
 
 
 def test_sparse_targets_of_a_real_model_point_where_the_whole_distribution_points(tmp_path):
@@ -97,6 +101,19 @@ def test_the_benchmark_runs(tmp_path, capsys):
     )
     assert report["reading"]["positions_per_second"] > 0
     assert "from a cache" in capsys.readouterr().out
+
+
+def test_a_benchmark_that_cannot_be_written_does_not_begin(tmp_path, monkeypatch, capsys):
+    def stop(_sizes, _folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_ki, "bench_reading", stop)
+    (tmp_path / "file").touch()
+    for out, says in ((tmp_path, "it is no file"), (tmp_path / "file" / "bench.json", "nothing can be written")):
+        assert bench_ki.main(["--sizes", "tiny", "--out", str(out)]) == 2
+        assert says in capsys.readouterr().err
+    assert bench_ki.main(["--sizes", "tiny", "--out", str(tmp_path / "new" / "bench.json")]) == STOPPED
+    assert "Stopped. Nothing is kept." in capsys.readouterr().err
 
 
 def test_the_most_memory_at_once_is_counted():

@@ -239,6 +239,14 @@ def test_folder_that_is_no_checkpoint_is_refused(two_steps, tmp_path, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
+def test_a_file_is_no_folder_of_results(two_steps, capsys):
+    arguments = ["--preset", two_steps, "--out", two_steps]
+    assert recipe.main(arguments) == 2
+    assert "nothing can be written there" in capsys.readouterr().err
+    with pytest.raises(GrowError, match="nothing can be written there"):
+        sweep.sweep(sweep.parse(arguments))
+
+
 def test_too_little_text_is_refused(two_steps, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("a few words\n")
