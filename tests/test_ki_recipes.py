@@ -1,7 +1,10 @@
 """The recipes of knowledge, end to end on the miniature preset, and the benchmark on a tiny shape."""
 
+import dataclasses
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +16,12 @@ import ki_ablations
 import teacher_factors
 from base import study
 from base.command import STOPPED
-from base.domains import split
+from base.domains import code_and_prose, split
+from base.knowledge import Lab
 from base.measure import peak_bytes
+from base.setting import load_preset
+from base.store import write_json
+from base.text import train_tokenizer
 
 MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\nevaluations = 1\n'
 
@@ -77,6 +84,43 @@ def test_sparse_targets_of_a_real_model_point_where_the_whole_distribution_point
                 assert angles[draws][1] < 0.5 * angles[name][1]
         assert angles[draws][1] < 0.8 * angles[draws][0]
     assert angles["top-28, bucket"][1] > 0.9 * angles["top-28, bucket"][0]
+
+
+def test_what_decides_a_training_decides_where_it_is_kept(tmp_path, monkeypatch):
+    def pretend(_lab, path, *_):
+        write_json(path / "facts.json", {"losses": {}, "seconds": 0.0})
+
+    def kept(lab, rows, teacher=None):
+        return lab.learn("a", setting.initial, {"text": rows}, teacher).path
+
+    monkeypatch.setattr(Lab, "_train", pretend)
+    setting, rows = load_preset("miniature"), np.arange(320, dtype=np.int32).reshape(10, 32)
+    other = rows.copy()
+    other[5, :2] = other[5, 1::-1]  # of the same sum
+    lab = Lab(setting, tmp_path, train_tokenizer(["one text"], 320), {"text": rows})
+    settings = [{"model": "gpt2"}, {"text": dataclasses.replace(setting.text, vocab_size=640)}]
+    others = [{"setting": dataclasses.replace(setting, **fields)} for fields in settings]
+    others += [{"held_out": {"text": other}}, {"tokenizer": train_tokenizer(["another text"], 320)}]
+    teacher = tmp_path / "models" / "teacher"
+    paths = {kept(lab, rows), kept(lab, other), kept(lab, rows.reshape(20, 16)), kept(lab, rows, teacher)}
+    paths |= {kept(dataclasses.replace(lab, **fields), rows) for fields in others}
+    assert len(paths) == 4 + len(others)
+    monkeypatch.chdir(tmp_path)
+    assert kept(lab, rows, Path("models/teacher")) in paths
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    fields = {"source": str(source), "vocab_size": 300, "sequence_length": 8}
+    setting = dataclasses.replace(load_preset("miniature").text, **fields)
+    for number in range(40):
+        (source / f"{number}.py").write_text(f'"""{f"Some words of file {number:02d}. " * 5}"""\nx = {number}\n')
+    code_and_prose(setting, out)
+    for path in source.iterdir():
+        path.write_text(path.read_text().replace("words", "verse"))
+    prose = code_and_prose(setting, out)["prose"]
+    assert "verse" in prose.tokenizer.decode(prose.train.ravel())
 
 
 def test_code_and_prose_are_told_apart():

@@ -1,7 +1,6 @@
 """Two domains that are on every disk: Python code, and the prose of its docstrings."""
 
 import ast
-import sysconfig
 from pathlib import Path
 
 from base.setting import Text
@@ -40,7 +39,6 @@ def code_and_prose(setting: Text, folder: Path) -> dict[str, Corpus]:
         folder: where texts and tokens are kept.
     """
     kept, size = {}, 0
-    source = sysconfig.get_path("stdlib") if setting.source == "stdlib" else setting.source
     for number, content in enumerate(read_files(setting.source)):
         parts = split(content)
         if parts is None or not parts[1]:
@@ -49,7 +47,7 @@ def code_and_prose(setting: Text, folder: Path) -> dict[str, Corpus]:
         size += len(content)
         if setting.max_bytes and size >= setting.max_bytes:
             break
-    place = folder / f"domains-{key_of(str(source), size, len(kept))}"
+    place = folder / f"domains-{key_of(kept)}"
 
     def fill(empty: Path) -> None:
         for part, name in enumerate(("code", "prose")):
