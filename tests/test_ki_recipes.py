@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from base.measure import peak_bytes
 from base.setting import load_preset
 from base.store import write_json
 from base.text import train_tokenizer
+from growlib import GrowError
 
 MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\nevaluations = 1\n'
 
@@ -121,6 +123,21 @@ def test_a_changed_file_is_read_anew(tmp_path):
         path.write_text(path.read_text().replace("words", "verse"))
     prose = code_and_prose(setting, out)["prose"]
     assert "verse" in prose.tokenizer.decode(prose.train.ravel())
+    with pytest.raises(GrowError, match=f"{source}, its code and prose: too little text .* Valid: more Python"):
+        code_and_prose(dataclasses.replace(setting, sequence_length=400), out)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "toml", "says"),
+    [
+        (estimators, "[text]\nheld_out_tokens = 992\n", "992 tokens are held out .* Valid: 1024 or more"),
+        (generations, '[text]\nsource = "no"\n', "^error: the text no: there is no such file or folder"),
+    ],
+)
+def test_what_a_study_cannot_do_is_refused(recipe, toml, says, tmp_path, capsys):
+    (tmp_path / "preset.toml").write_text(f'extends = "miniature"\n{toml}')
+    assert recipe.main(["--preset", str(tmp_path / "preset.toml"), "--out", str(tmp_path / "out")]) == 2
+    assert re.search(says, capsys.readouterr().err, flags=re.MULTILINE)
 
 
 def test_code_and_prose_are_told_apart():

@@ -6,6 +6,7 @@ from pathlib import Path
 from base.setting import Text
 from base.store import key_of, write_folder
 from base.text import Corpus, prepare, read_files
+from growlib import GrowError
 
 LONG_ENOUGH = 80  # characters of a docstring
 
@@ -58,8 +59,13 @@ def code_and_prose(setting: Text, folder: Path) -> dict[str, Corpus]:
     if not place.exists():
         write_folder(place, fill)
     fields = {name: getattr(setting, name) for name in setting.__dataclass_fields__} | {"max_bytes": 0}
-    both = prepare(Text(**{**fields, "source": str(place)}), None, folder)
-    tokenizer = folder / f"text-{both.key}"
-    return {
-        name: prepare(Text(**{**fields, "source": str(place / name)}), tokenizer, folder) for name in ("code", "prose")
-    }
+
+    def prepared(part: str, tokenizer: Path | None) -> Corpus:
+        try:
+            return prepare(Text(**{**fields, "source": str(place / part)}), tokenizer, folder)
+        except GrowError as error:  # it names a folder that only this function knows
+            asked = f"the text {setting.source}, its {part or 'code and prose'}"
+            raise GrowError(asked, error.wrong, f"more Python with docstrings of {LONG_ENOUGH} characters") from error
+
+    tokenizer = folder / f"text-{prepared('', None).key}"
+    return {name: prepared(name, tokenizer) for name in ("code", "prose")}
