@@ -16,7 +16,6 @@ what was there before; on a CPU, of the tensors that PyTorch's dispatcher sees. 
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
@@ -44,8 +43,9 @@ from transformers import (
 from base.command import guarded, say
 from base.measure import DEVICE, Row, peak_bytes, ratios, synchronize
 from base.report import as_text
+from base.store import open_folder, write_json
 from base.study import environment
-from growlib import KIConfig, KITrainer, cache_teacher
+from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki import Projection, Targets, TeacherCache, ki_loss, linear_ki_loss
 from growlib.ki.cache.data import Blocks
 from growlib.ki.cache.examples import examples_of
@@ -267,6 +267,10 @@ def show(title: str, rows: Mapping[str, Row]) -> None:
 def run(options: argparse.Namespace) -> None:
     """All three."""
     sizes = SIZES[options.sizes]
+    if options.out:
+        open_folder(options.out.parent)
+        if options.out.exists() and not options.out.is_file():
+            raise GrowError(f"--out {options.out}", "it is no file", "a file, or a path where nothing stands")
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     report: dict[str, Any] = {"sizes": dataclasses.asdict(sizes), "environment": {**environment(), "device": device}}
     with tempfile.TemporaryDirectory() as folder:
@@ -279,8 +283,7 @@ def run(options: argparse.Namespace) -> None:
         report["step"] = bench_step(sizes, Path(folder))
         show(f"step: {sizes.batch} x {sizes.length} tokens", report["step"])
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.out, report)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -289,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sizes", choices=SIZES, default="cpu", help="a row of SIZES in this file (default: cpu)")
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args(arguments)
-    return guarded(lambda: run(options))
+    return guarded(lambda: run(options), "Nothing is kept.")
 
 
 if __name__ == "__main__":

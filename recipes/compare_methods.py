@@ -32,7 +32,7 @@ from base.comparison import Prepared, describe, prepare, run_arm
 from base.flops import flops_saved
 from base.report import as_markdown, as_text, draw_curves, mean_and_deviation, shown
 from base.setting import Setting
-from base.store import write_json, write_text
+from base.store import open_folder, write_json, write_text
 from growlib import GrowError
 from growlib.methods import method
 
@@ -218,8 +218,7 @@ def run(options: argparse.Namespace) -> None:
     """Prepare, compare, report."""
     setting, target = setting_of(options), recipe.target_of(options.target)
     folder = options.out or Path("runs") / Path(setting.preset).stem
-    if folder.exists() and not folder.is_dir():
-        raise GrowError(f"--out {folder}", "it is a file", "a folder, or a path where nothing stands")
+    open_folder(folder)
     say(f"Preset {setting.preset}; results go to {folder}.")
     results = compare(prepare(setting, folder, options.small, target))
     if PartialState().is_main_process:

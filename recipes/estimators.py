@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from base import study, text
 from base.knowledge import Lab
 from base.setting import Setting
+from growlib import GrowError
 from growlib.ki import Targets, linear_ki_loss
 from growlib.ki.cache.records import Layout
 
@@ -30,6 +31,7 @@ ESTIMATORS = {  # (exact tokens, draws, tail)
     "top-10, bucket": (10, 0, "bucket"),
     "4 exact, 6 draws": (4, 6, "sampled"),
 }
+COUNTS = (1024, 4096, 16384)  # of positions
 
 
 @torch.no_grad()
@@ -56,6 +58,10 @@ def angle(one: Tensor, other: Tensor) -> float:
 def angles(setting: Setting, folder: Path) -> study.Rows:
     """Of each kind of targets, over more and more positions."""
     corpus = text.prepare(setting.text, None, folder)
+    counts = [count for count in COUNTS if count <= corpus.held_out.size]
+    if not counts:
+        wrong = f"{corpus.held_out.size} tokens are held out (held_out_tokens {setting.text.held_out_tokens})"
+        raise GrowError("angles over held-out positions", wrong, f"{COUNTS[0]} or more, and text for them")
     lab = Lab(setting, folder, corpus.tokenizer, {"text": corpus.held_out})
     blocks = {"text": corpus.train}
     steps = max(setting.training.steps // 10, setting.training.warmup_steps + 1)
@@ -67,7 +73,6 @@ def angles(setting: Setting, folder: Path) -> study.Rows:
     held_out = torch.from_numpy(corpus.held_out).long()
     logits = states(teacher, held_out) @ teacher.get_output_embeddings().weight.detach().T
     hidden, weight = states(student, held_out), student.get_output_embeddings().weight
-    counts = [count for count in (1024, 4096, 16384) if count <= len(hidden)]
     full = {count: gradient(hidden[:count], weight, Targets.dense(logits[:count])) for count in counts}
     rows: dict[str, dict[str, float]] = {}
     for name, (top_k, samples, tail) in ESTIMATORS.items():

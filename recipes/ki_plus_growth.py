@@ -30,7 +30,7 @@ from base.comparison import ARMS, Prepared, Target, describe, finished, prepare,
 from base.models import MODELS, model_row
 from base.report import as_text, remarks, results_of, table, write_report
 from base.setting import Setting, load_preset, presets
-from base.store import read_json
+from base.store import open_folder, read_json
 from growlib import GrowError, methods
 
 
@@ -128,8 +128,7 @@ def run(options: argparse.Namespace) -> None:
     """Prepare, compare, report."""
     setting, arms, target = setting_of(options), arms_of(options.arms), target_of(options.target)
     folder = options.out or Path("runs") / Path(setting.preset).stem
-    if folder.exists() and not folder.is_dir():
-        raise GrowError(f"--out {folder}", "it is a file", "a folder, or a path where nothing stands")
+    open_folder(folder)
     say(f"Preset {setting.preset}; results go to {folder}.")
     prepared = prepare(setting, folder, options.small, target)
     say(

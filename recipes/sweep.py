@@ -20,7 +20,7 @@ from base.command import guarded, say
 from base.comparison import ARMS, prepare, run_arm
 from base.flops import flops_saved
 from base.report import as_markdown
-from base.store import write_text
+from base.store import open_folder, write_text
 from growlib import GrowError
 
 Runs = Mapping[tuple[str, float, int], dict[str, Any]]  # (arm, learning rate, seed) -> result
@@ -72,6 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def sweep(options: argparse.Namespace) -> None:
     """Run what is not there yet, and write the table."""
     rates, seeds = numbers(options.learning_rates, float), numbers(options.seeds, int)
+    open_folder(options.out)
     runs: dict[tuple[str, float, int], dict[str, Any]] = {}
     for seed in seeds:
         given = ["--preset", options.preset, "--seed", str(seed)]

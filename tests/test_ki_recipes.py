@@ -1,7 +1,11 @@
 """The recipes of knowledge, end to end on the miniature preset, and the benchmark on a tiny shape."""
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +16,14 @@ import generations
 import ki_ablations
 import teacher_factors
 from base import study
-from base.domains import split
+from base.command import STOPPED
+from base.domains import code_and_prose, split
+from base.knowledge import Lab
 from base.measure import peak_bytes
+from base.setting import load_preset
+from base.store import write_json
+from base.text import train_tokenizer
+from growlib import GrowError
 
 MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\nevaluations = 1\n'
 
@@ -54,6 +64,9 @@ def test_a_study_is_of_as_many_seeds_as_asked(tmp_path, capsys):
     assert "| row | 4.500 ± 0.707 | 8 |" in (tmp_path / "report.md").read_text()
     assert study.main("", "A study", one_seed, ["--seeds", "0"]) == 2
     assert "1 or more of them" in capsys.readouterr().err
+    for out in (tmp_path / "report.md", "/proc/no", "/proc"):
+        assert study.main("", "A study", one_seed, ["--out", str(out)]) == 2
+        assert "nothing can be written there" in capsys.readouterr().err
 
 
 def test_sparse_targets_of_a_real_model_point_where_the_whole_distribution_points(tmp_path):
@@ -73,6 +86,58 @@ def test_sparse_targets_of_a_real_model_point_where_the_whole_distribution_point
                 assert angles[draws][1] < 0.5 * angles[name][1]
         assert angles[draws][1] < 0.8 * angles[draws][0]
     assert angles["top-28, bucket"][1] > 0.9 * angles["top-28, bucket"][0]
+
+
+def test_what_decides_a_training_decides_where_it_is_kept(tmp_path, monkeypatch):
+    def pretend(_lab, path, *_):
+        write_json(path / "facts.json", {"losses": {}, "seconds": 0.0})
+
+    def kept(lab, rows, teacher=None):
+        return lab.learn("a", setting.initial, {"text": rows}, teacher).path
+
+    monkeypatch.setattr(Lab, "_train", pretend)
+    setting, rows = load_preset("miniature"), np.arange(320, dtype=np.int32).reshape(10, 32)
+    other = rows.copy()
+    other[5, :2] = other[5, 1::-1]  # of the same sum
+    lab = Lab(setting, tmp_path, train_tokenizer(["one text"], 320), {"text": rows})
+    settings = [{"model": "gpt2"}, {"text": dataclasses.replace(setting.text, vocab_size=640)}]
+    others = [{"setting": dataclasses.replace(setting, **fields)} for fields in settings]
+    others += [{"held_out": {"text": other}}, {"tokenizer": train_tokenizer(["another text"], 320)}]
+    teacher = tmp_path / "models" / "teacher"
+    paths = {kept(lab, rows), kept(lab, other), kept(lab, rows.reshape(20, 16)), kept(lab, rows, teacher)}
+    paths |= {kept(dataclasses.replace(lab, **fields), rows) for fields in others}
+    assert len(paths) == 4 + len(others)
+    monkeypatch.chdir(tmp_path)
+    assert kept(lab, rows, Path("models/teacher")) in paths
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    fields = {"source": str(source), "vocab_size": 300, "sequence_length": 8}
+    setting = dataclasses.replace(load_preset("miniature").text, **fields)
+    for number in range(40):
+        (source / f"{number}.py").write_text(f'"""{f"Some words of file {number:02d}. " * 5}"""\nx = {number}\n')
+    code_and_prose(setting, out)
+    for path in source.iterdir():
+        path.write_text(path.read_text().replace("words", "verse"))
+    prose = code_and_prose(setting, out)["prose"]
+    assert "verse" in prose.tokenizer.decode(prose.train.ravel())
+    with pytest.raises(GrowError, match=f"{source}, its code and prose: too little text .* Valid: more Python"):
+        code_and_prose(dataclasses.replace(setting, sequence_length=400), out)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "toml", "says"),
+    [
+        (estimators, "[text]\nheld_out_tokens = 992\n", "992 tokens are held out .* Valid: 1024 or more"),
+        (generations, '[text]\nsource = "no"\n', "^error: the text no: there is no such file or folder"),
+    ],
+)
+def test_what_a_study_cannot_do_is_refused(recipe, toml, says, tmp_path, capsys):
+    (tmp_path / "preset.toml").write_text(f'extends = "miniature"\n{toml}')
+    assert recipe.main(["--preset", str(tmp_path / "preset.toml"), "--out", str(tmp_path / "out")]) == 2
+    assert re.search(says, capsys.readouterr().err, flags=re.MULTILINE)
 
 
 def test_code_and_prose_are_told_apart():
@@ -97,6 +162,19 @@ def test_the_benchmark_runs(tmp_path, capsys):
     )
     assert report["reading"]["positions_per_second"] > 0
     assert "from a cache" in capsys.readouterr().out
+
+
+def test_a_benchmark_that_cannot_be_written_does_not_begin(tmp_path, monkeypatch, capsys):
+    def stop(_sizes, _folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_ki, "bench_reading", stop)
+    (tmp_path / "file").touch()
+    for out, says in ((tmp_path, "it is no file"), (tmp_path / "file" / "bench.json", "nothing can be written")):
+        assert bench_ki.main(["--sizes", "tiny", "--out", str(out)]) == 2
+        assert says in capsys.readouterr().err
+    assert bench_ki.main(["--sizes", "tiny", "--out", str(tmp_path / "new" / "bench.json")]) == STOPPED
+    assert "Stopped. Nothing is kept." in capsys.readouterr().err
 
 
 def test_the_most_memory_at_once_is_counted():

@@ -195,10 +195,6 @@ def test_every_preset_loads(name):
     setting = load_preset(name)
     assert set(setting.learning_rate) == set(ARMS)
     assert setting.training.batch_size % setting.training.device_batch_size == 0
-    assert setting.text.held_out_tokens >= setting.text.sequence_length
-    for sizes in (setting.initial, setting.target):
-        assert sizes.hidden % sizes.heads == 0
-        assert sizes.heads % sizes.kv_heads == 0
 
 
 def test_there_are_presets():
@@ -243,6 +239,14 @@ def test_folder_that_is_no_checkpoint_is_refused(two_steps, tmp_path, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
+def test_a_file_is_no_folder_of_results(two_steps, capsys):
+    arguments = ["--preset", two_steps, "--out", two_steps]
+    assert recipe.main(arguments) == 2
+    assert "nothing can be written there" in capsys.readouterr().err
+    with pytest.raises(GrowError, match="nothing can be written there"):
+        sweep.sweep(sweep.parse(arguments))
+
+
 def test_too_little_text_is_refused(two_steps, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("a few words\n")
@@ -257,12 +261,19 @@ def test_too_little_text_is_refused(two_steps, tmp_path, capsys):
         ('model = "llama"\n', "missing"),
         ('extends = "miniature"\nseed = "zero"\n', "'zero'"),
         ("steps = \n", "not TOML"),
+        ('extends = "bad.toml"\n', "extends itself"),
+        ("extends = 3\n", "'3': there is no such preset"),
+        ('extends = "miniature"\n[training]\nsteps = 0\n', "training, steps: 0 is too small. Valid: 1 or more"),
+        ('extends = "miniature"\n[text]\nheld_out_tokens = 31\n', "held_out_tokens: .* Valid: 32 or more"),
+        ('extends = "miniature"\n[target]\nheads = 5\n', "target, hidden: .* Valid: a multiple of 5"),
+        ('extends = "miniature"\n[initial]\nkv_heads = 4\n', "initial, heads: .* Valid: a multiple of 4"),
     ],
 )
-def test_bad_presets_are_refused(toml, says, tmp_path):
-    (tmp_path / "bad.toml").write_text(toml)
+def test_bad_presets_are_refused(toml, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.toml").write_text(toml)
     with pytest.raises(GrowError, match=says):
-        load_preset(str(tmp_path / "bad.toml"))
+        load_preset("bad.toml")
 
 
 def test_text_is_read_in_the_same_order_wherever_it_lies(tmp_path):

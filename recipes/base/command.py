@@ -12,6 +12,7 @@ from accelerate import PartialState
 from growlib import GrowError
 
 STOPPED = 130  # what a shell expects of a program that Ctrl-C ended
+KEPT = "The same command goes on where it was: finished trainings are kept."
 
 
 def say(line: str) -> None:
@@ -20,8 +21,8 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def guarded(work: Callable[[], None]) -> int:
-    """Do the work; the exit code. What the user can mend is said in one line."""
+def guarded(work: Callable[[], None], when_stopped: str = KEPT) -> int:
+    """Do the work; the exit code. What the user can mend is said in one line, and what Ctrl-C leaves."""
     logging.getLogger("growlib").setLevel(logging.ERROR)  # an inexact growth stands in the report
     transformers.utils.logging.disable_progress_bar()  # of loading and saving; the long parts have their own
     processes = PartialState(cpu=not torch.accelerator.is_available())  # those that torchrun or accelerate started
@@ -34,6 +35,6 @@ def guarded(work: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it was: finished trainings are kept.", file=sys.stderr)
+        print(f"\nStopped. {when_stopped}", file=sys.stderr)
         return STOPPED
     return 0

@@ -1,12 +1,12 @@
 """Two domains that are on every disk: Python code, and the prose of its docstrings."""
 
 import ast
-import sysconfig
 from pathlib import Path
 
 from base.setting import Text
 from base.store import key_of, write_folder
 from base.text import Corpus, prepare, read_files
+from growlib import GrowError
 
 LONG_ENOUGH = 80  # characters of a docstring
 
@@ -40,7 +40,6 @@ def code_and_prose(setting: Text, folder: Path) -> dict[str, Corpus]:
         folder: where texts and tokens are kept.
     """
     kept, size = {}, 0
-    source = sysconfig.get_path("stdlib") if setting.source == "stdlib" else setting.source
     for number, content in enumerate(read_files(setting.source)):
         parts = split(content)
         if parts is None or not parts[1]:
@@ -49,7 +48,7 @@ def code_and_prose(setting: Text, folder: Path) -> dict[str, Corpus]:
         size += len(content)
         if setting.max_bytes and size >= setting.max_bytes:
             break
-    place = folder / f"domains-{key_of(str(source), size, len(kept))}"
+    place = folder / f"domains-{key_of(kept)}"
 
     def fill(empty: Path) -> None:
         for part, name in enumerate(("code", "prose")):
@@ -60,8 +59,13 @@ def code_and_prose(setting: Text, folder: Path) -> dict[str, Corpus]:
     if not place.exists():
         write_folder(place, fill)
     fields = {name: getattr(setting, name) for name in setting.__dataclass_fields__} | {"max_bytes": 0}
-    both = prepare(Text(**{**fields, "source": str(place)}), None, folder)
-    tokenizer = folder / f"text-{both.key}"
-    return {
-        name: prepare(Text(**{**fields, "source": str(place / name)}), tokenizer, folder) for name in ("code", "prose")
-    }
+
+    def prepared(part: str, tokenizer: Path | None) -> Corpus:
+        try:
+            return prepare(Text(**{**fields, "source": str(place / part)}), tokenizer, folder)
+        except GrowError as error:  # it names a folder that only this function knows
+            asked = f"the text {setting.source}, its {part or 'code and prose'}"
+            raise GrowError(asked, error.wrong, f"more Python with docstrings of {LONG_ENOUGH} characters") from error
+
+    tokenizer = folder / f"text-{prepared('', None).key}"
+    return {name: prepared(name, tokenizer) for name in ("code", "prose")}

@@ -1,6 +1,7 @@
 """Trainings that differ in their teacher: models of any size on blocks of any text, each kept once it is done."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,10 +99,12 @@ class Lab:
         training = dataclasses.replace(setting.training, steps=steps or setting.training.steps, evaluations=evaluations)
         rate = learning_rate or setting.learning_rate["knowledge" if teacher else "scratch"]
         taught = {**dataclasses.asdict(setting.knowledge), **knowledge} if teacher else None
+        of_domain = teacher if isinstance(teacher, Mapping) else {"": teacher} if teacher else {}
         key = store.key_of(
             dataclasses.asdict(start) if isinstance(start, Sizes) else start.name,
-            {domain: text_key(rows) for domain, rows in blocks.items()},
-            {domain: path.name for domain, path in teacher.items()} if isinstance(teacher, Mapping) else str(teacher),
+            [[(domain, text_key(rows)) for domain, rows in parts.items()] for parts in (blocks, self.held_out)],
+            {domain: path.name for domain, path in of_domain.items()},
+            [setting.model, setting.text.vocab_size, self.tokenizer.get_vocab()],
             [dataclasses.asdict(training), rate, setting.seed, taught],
         )
         path = self.folder / "models" / f"{name}-{key}"
@@ -159,4 +162,4 @@ def between(one: Sizes, other: Sizes) -> Sizes:
 
 def text_key(blocks: np.ndarray) -> str:
     """A short hash of token blocks."""
-    return store.key_of([int(blocks.size), int(blocks.sum()), blocks[:2].tolist(), blocks[-2:].tolist()])
+    return store.key_of(blocks.shape, hashlib.sha256(blocks.tobytes()).hexdigest())

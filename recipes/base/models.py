@@ -65,7 +65,7 @@ MODELS = {
 def model_row(name: str) -> Model:
     """The row of an architecture. Raises GrowError where there is none."""
     if name not in MODELS:
-        raise GrowError(f"--model {name}", "the recipes have no such architecture", f"one of {', '.join(MODELS)}")
+        raise GrowError(f"model {name!r}", "the recipes have no such architecture", f"one of {', '.join(MODELS)}")
     return MODELS[name]
 
 

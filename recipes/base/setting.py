@@ -15,6 +15,7 @@ from typing import Any
 from growlib import GrowError
 
 PRESETS = Path(__file__).parent.parent / "presets"
+MAY_BE_0 = {"seed", "max_bytes", "tokenizer_bytes", "train_tokens", "warmup_steps"}  # of the whole numbers
 
 
 @dataclass(frozen=True)
@@ -132,22 +133,36 @@ def load_preset(name: str) -> Setting:
     """A preset by its name, or by the path of a TOML file.
 
     Raises:
-        GrowError: there is no such preset, or it has unknown, missing or wrongly typed entries.
+        GrowError: there is no such preset, or it has unknown, missing or wrong entries.
     """
-    return _build(Setting, {"preset": name, **_read(name)}, f"preset {name!r}")
+    asked = f"preset {name!r}"
+    setting: Setting = _build(Setting, {"preset": name, **_read(name)}, asked)
+    length, held_out = setting.text.sequence_length, setting.text.held_out_tokens
+    if held_out < length:
+        raise GrowError(f"{asked}, text, held_out_tokens", f"{held_out} is less than one sequence", f"{length} or more")
+    for name, sizes in (("initial", setting.initial), ("target", setting.target)):
+        for whole, part in (("hidden", "heads"), ("heads", "kv_heads")):
+            size, parts = getattr(sizes, whole), getattr(sizes, part)
+            if size % parts:
+                raise GrowError(
+                    f"{asked}, {name}, {whole}", f"{size} is no multiple of {part}", f"a multiple of {parts}"
+                )
+    return setting
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
     path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
     if not path.is_file():
         valid = f"one of {', '.join(presets())}, or the path of a .toml file"
         raise GrowError(f"preset {name!r}", "there is no such preset", valid)
+    if name in extended_by:
+        raise GrowError(f"preset {name!r}, extends", "the preset extends itself", "another preset, or none")
     try:
         rows = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise GrowError(f"preset {name!r}", f"{path} is not TOML ({error})", "a TOML file") from error
     extends = rows.pop("extends", None)
-    return _merge(_read(extends), rows) if extends else rows
+    return _merge(_read(str(extends), (*extended_by, name)), rows) if extends else rows
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +182,12 @@ def _build(kind: type, rows: Mapping[str, Any], asked: str) -> Any:
     if unknown or missing:
         parts = [f"unknown: {', '.join(unknown)}"] * bool(unknown) + [f"missing: {', '.join(missing)}"] * bool(missing)
         raise GrowError(f"{asked}, {kind.__name__.lower()}", "; ".join(parts), f"exactly {', '.join(names)}")
-    return kind(**{name: _value(types[name], rows[name], f"{asked}, {name}") for name in names})
+    values = {name: _value(types[name], rows[name], f"{asked}, {name}") for name in names}
+    for name, value in values.items():
+        least = 0 if name in MAY_BE_0 else 1
+        if types[name] is int and value < least:
+            raise GrowError(f"{asked}, {name}", f"{value} is too small", f"{least} or more")
+    return kind(**values)
 
 
 def _value(kind: Any, value: Any, asked: str) -> Any:

@@ -28,6 +28,20 @@ def key_of_folder(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def open_folder(folder: Path) -> None:
+    """Make a folder of results, and try it: results come late.
+
+    Raises:
+        GrowError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        wrong = f"nothing can be written there ({error.strerror})"
+        raise GrowError(f"--out {folder}", wrong, "a folder, or a path where nothing stands") from error
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file; None where it does not exist.
 

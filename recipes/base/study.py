@@ -14,7 +14,7 @@ from accelerate import PartialState
 from base.command import guarded, say
 from base.report import as_markdown, as_text, mean_and_deviation, shown
 from base.setting import Setting, load_preset
-from base.store import write_json, write_text
+from base.store import open_folder, write_json, write_text
 from growlib import GrowError
 
 Rows = Mapping[str, Mapping[str, float]]  # row -> column -> what one seed gave
@@ -47,6 +47,7 @@ def run(title: str, one_seed: OneSeed, options: argparse.Namespace) -> None:
         asked = f"--seed {setting.seed} --seeds {options.seeds}"
         raise GrowError(asked, "there is no such run", "a seed of 0 or more, and 1 or more of them")
     folder = options.out or Path("runs") / f"{title.lower().replace(' ', '-')}-{Path(options.preset).stem}"
+    open_folder(folder)
     seeds = range(setting.seed, setting.seed + options.seeds)
     results: dict[str, dict[str, list[float]]] = {}
     for seed in seeds:

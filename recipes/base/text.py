@@ -61,7 +61,7 @@ def read_files(source: str) -> list[str]:
     Raises:
         GrowError: there is nothing to read.
     """
-    asked = f"--text {source}"
+    asked = f"the text {source}"
     if source == "stdlib":
         files = dict(_python_files(Path(sysconfig.get_path("stdlib"))))
     elif source == "environment":
@@ -155,7 +155,7 @@ def prepare(setting: Text, small: Path | None, store: Path) -> Corpus:
     if len(blocks["held_out"]) == 0 or len(blocks["train"]) == 0:
         sizes = ", ".join(f"{part} {len(rows)}" for part, rows in blocks.items())
         raise GrowError(
-            f"--text {setting.source}",
+            f"the text {setting.source}",
             f"too little text for sequences of {setting.sequence_length} tokens ({sizes})",
             "a few hundred kilobytes of text or more, in several files or many lines",
         )
