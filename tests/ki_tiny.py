@@ -141,7 +141,7 @@ def sgd_step(model, teacher, rows, align, *, lr=0.1, **loss_options):
     with torch.no_grad():
         teacher_logits = teacher.eval()(**batch).logits
     loss = ki_loss(model(**batch).logits, align(batch["labels"]), teacher_logits, **loss_options).loss
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
     return parameters(model) - lr * torch.cat([g.reshape(-1) for g in gradients])
 
 

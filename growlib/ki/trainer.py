@@ -100,9 +100,10 @@ class KIMixin(_Base):
             self._ki_guide = self._ki_resolve_guide(self.ki)
         if self._ki_path is None:
             self._ki_path = self._ki_find_path(model, inputs)
+        batch = self._ki_aligned(batch, self._ki_path)
         with self.accelerator.autocast():
-            parts = self._ki_guide.parts(dict(batch))
-        labels = aligned_labels(inputs, self._ki_head).reshape(-1)
+            parts = self._ki_guide.parts(batch)
+        labels = aligned_labels(batch, self._ki_head).reshape(-1)
         counted = labels != IGNORE_INDEX
         step = Step(parts, labels[counted], counted, alpha, self.ki)
         divides = num_items_in_batch is not None and self._ki_path.divides
@@ -174,21 +175,28 @@ class KIMixin(_Base):
         trains = model.training
         model.eval()  # no dropout differs
         found: Reach | None = None
+        shifts = True
         with torch.no_grad():
             once: Any = super().compute_loss(model, dict(inputs), False, items)
-            twice = super().compute_loss(model, dict(inputs), False, 2 * items)
+            divides = bool(once != super().compute_loss(model, dict(inputs), False, 2 * items))
             try:
                 self._ki_require_stock_loss()
                 unlabelled = self._ki_without_labels(inputs)
                 found = reach(self._ki_student(), model, unlabelled)
-                self._ki_require_plain_loss(once / self._ki_loss_scale(items), model(**unlabelled).logits, inputs)
+                once = once / self._ki_loss_scale(items)
+                shifts = self._ki_loss_shifts(once, model(**unlabelled).logits, inputs)
             except Unreachable as reason:
                 found = None
                 logger.warning("The loss is computed from whole logits: %s.", reason)
         model.train(trains)
-        return _Path(bool(once != twice), found)
+        return _Path(divides, found, shifts)
 
-    def _ki_require_plain_loss(self, loss: Tensor, logits: Tensor, inputs: dict[str, Any]) -> None:
+    def _ki_loss_shifts(self, loss: Tensor, logits: Tensor, inputs: dict[str, Any]) -> bool:
+        """Whether a loss is the CE of the labels as they are aligned, or (False) of each position's own label.
+
+        Raises:
+            Unreachable: it is neither.
+        """
         exact = logits.dtype.itemsize >= 4 and not torch.is_autocast_enabled(logits.device.type)
 
         def is_ce_of(labels: Tensor) -> bool:
@@ -198,13 +206,9 @@ class KIMixin(_Base):
             return bool(abs(loss - ce) <= (1e-4 if exact else 1e-2) * ce)
 
         if is_ce_of(aligned_labels(inputs, self._ki_head)):
-            return
-        if "shift_labels" not in inputs and self._ki_head == "causal" and is_ce_of(inputs["labels"]):
-            raise GrowError(
-                f"Knowledge Inheritance with {type(self._ki_student()).__name__}",
-                "its own loss takes each label for its position's own token and not for the next one's",
-                "a causal model whose loss shifts its labels, or batches with shift_labels",
-            )
+            return True
+        if "shift_labels" not in inputs and is_ce_of(inputs["labels"]):
+            return False
         raise Unreachable("the student's own loss is not the plain cross-entropy")
 
     def _ki_require_stock_loss(self) -> None:
@@ -253,7 +257,8 @@ class KIMixin(_Base):
         inputs = {name: value for name, value in batch.items() if name != DOMAIN}
         if self._ki_path is None:
             self._ki_path = self._ki_find_path(model, inputs)
-        labels = aligned_labels(inputs, self._ki_head).reshape(-1)
+        batch = self._ki_aligned(inputs, self._ki_path)
+        labels = aligned_labels(batch, self._ki_head).reshape(-1)
         counted = labels != IGNORE_INDEX
         if self._ki_path.reach is not None:
             ce = held_out_ce(self._ki_path.reach, model, self._ki_without_labels(inputs), labels, counted)
@@ -261,7 +266,11 @@ class KIMixin(_Base):
             _, outputs = super().compute_loss(model, dict(inputs), True)
             ce = F.cross_entropy(logits_of(outputs, labels).float()[counted], labels[counted], reduction="none")
         assert self._ki_guide is not None
-        self._ki_stop.add(self._ki_guide, inputs, ce, labels[counted])
+        self._ki_stop.add(self._ki_guide, batch, ce, labels[counted])
+
+    @staticmethod
+    def _ki_aligned(batch: dict[str, Any], path: "_Path") -> dict[str, Any]:
+        return dict(batch) if path.shifts else {**batch, "shift_labels": batch["labels"]}
 
     def _ki_refuse_split_students(self) -> None:
         parallelism = getattr(self.accelerator, "parallelism_config", None)
@@ -303,10 +312,12 @@ class _Path(NamedTuple):
     Attributes:
         divides: the loss is a sum over `num_items_in_batch`, not a mean over the micro-batch.
         reach: the student's head; None: the loss needs whole logits.
+        shifts: the labels are aligned as those of its kind; False: each is its own position's (BartForCausalLM).
     """
 
     divides: bool
     reach: Reach | None
+    shifts: bool
 
 
 @contextmanager
