@@ -14,12 +14,16 @@ student = llama(0)
 trainer = train(
     folder / "two",
     student,
-    KIConfig(teacher=llama(1, hidden=8), stop_at=0.7, temperature=2.0),
+    KIConfig(teacher=llama(1, hidden=8), stop_at="auto", temperature=2.0),
     examples(16),
     max_steps=3,
     per_device_train_batch_size=2,
     logging_strategy="steps",
     logging_steps=1,
+    per_device_eval_batch_size=2,
+    eval_strategy="steps",
+    eval_steps=2,
+    trainer_options={"eval_dataset": examples(8, seed=5)},
 )
 assert trainer.accelerator.num_processes == 2
 if trainer.is_world_process_zero():

@@ -135,18 +135,23 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     trainer = train(
         tmp_path / "one",
         alone,
-        KIConfig(teacher=llama(1, hidden=8), stop_at=0.7, temperature=2.0),
+        KIConfig(teacher=llama(1, hidden=8), stop_at="auto", temperature=2.0),
         examples(16),
         max_steps=3,
         per_device_train_batch_size=4,
         logging_strategy="steps",
         logging_steps=1,
+        per_device_eval_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        trainer_options={"eval_dataset": examples(8, seed=5)},
     )
     both = torch.load(tmp_path / "result.pt")
     torch.testing.assert_close(both["parameters"], parameters(alone), rtol=1e-5, atol=1e-6)
-    names = ("ki/alpha", "ki/ce", "ki/kd", "ki/teacher_ce", "loss")
-    for two, one in zip(both["logs"][:3], trainer.state.log_history[:3], strict=True):
-        assert [two[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-4)
+    assert any("ki/student_held_out" in log for log in both["logs"])
+    for two, one in zip(both["logs"], trainer.state.log_history, strict=True):
+        names = [name for name in one if name.startswith("ki/") or name in ("loss", "eval_loss")]
+        assert [two.get(name) for name in names] == pytest.approx([one[name] for name in names], rel=1e-4)
 
 
 def test_an_auxiliary_loss_is_refused(tmp_path):
