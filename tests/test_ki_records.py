@@ -56,6 +56,15 @@ def test_records_keep_ids_exactly_and_probabilities_to_their_step(vocab, top_k, 
         torch.testing.assert_close(back.entropy, entropy, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("vocab", [2, 32, 128, 1 << 18])
+def test_the_lowest_log_probabilities_are_lowest_and_leave_the_id_alone(vocab):
+    logprobs = torch.tensor([[-23.999999, -24.0, -30.0, -torch.inf]]).T
+    layout, ids = Layout(vocab, 1, 0, 1.0), torch.tensor([[0, 1, 0, vocab - 2]]).T
+    back = layout.decode(layout.encode(Targets(logprobs, vocab, ids, torch.zeros(4), None, "bucket")))
+    assert torch.equal(back.ids, ids)
+    torch.testing.assert_close(back.logprobs, torch.full((4, 1), -24.0), rtol=1e-3, atol=0)
+
+
 def test_more_than_22_bits_of_ids_are_refused():
     with pytest.raises(GrowError, match="at most 4194304 ids"):
         Layout((1 << 22) + 1, 4, 0, 1.0)

@@ -72,7 +72,7 @@ class Layout:
         assert targets.tail is not None
         ids = targets.ids.cpu().numpy()
         drawn = ids[:, self.top_k :]
-        logprobs = targets.logprobs[:, : self.top_k].float().cpu().numpy()
+        logprobs = targets.logprobs[:, : self.top_k].cpu().double().numpy()  # float32 rounds 2^25 - 1 up, into the id
         level = np.rint(np.clip(logprobs / LOWEST, 0.0, 1.0) * self.steps).astype(np.uint32)
         head = ids[:, : self.top_k].astype(np.uint32) << np.uint32(32 - self.id_bits) | level
         parts = [head.astype("<u4"), drawn.astype("<u2")]
