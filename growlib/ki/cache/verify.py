@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, default_data_collator
 
 from growlib.errors import GrowError
 from growlib.ki.cache import hashes
-from growlib.ki.cache.capture import Collator, Source, placed
+from growlib.ki.cache.capture import placed
 from growlib.ki.cache.data import Examples
 from growlib.ki.cache.examples import draw_keys, examples_of
 from growlib.ki.cache.reader import TeacherCache
+from growlib.ki.cache.source import Collator, Source
 from growlib.ki.targets import Targets, product
 from growlib.ki.teacher import Teacher
 
