@@ -49,7 +49,7 @@ from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki import Projection, Targets, TeacherCache, ki_loss, linear_ki_loss
 from growlib.ki.cache.data import Blocks
 from growlib.ki.cache.examples import examples_of
-from growlib.ki.cache.shards import FORMAT, Header, shard_path, write_header, write_shard
+from growlib.ki.cache.shards import FORMAT, Entry, Header, shard_path, write_header, write_shard
 
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
@@ -242,7 +242,7 @@ def bench_reading(sizes: Sizes, folder: Path) -> Row:
     write_header(folder, header)
     found = [examples_of(row, "causal")[0] for row in rows]
     records = [random.integers(0, 100, (example.counted, width), np.uint8) for example in found]
-    shard = [(example.digest, 0.0, part) for example, part in zip(found, records, strict=True)]
+    shard = [Entry(example.digest, 0.0, len(part), part) for example, part in zip(found, records, strict=True)]
     write_shard(shard_path(folder, 0), header.key, shard)
     cache = TeacherCache(folder)
     batches = [ids[torch.from_numpy(random.permutation(sizes.examples)[:16])] for _ in range(20)]

@@ -40,7 +40,7 @@ def test_the_cache_holds_what_the_teacher_says(tmp_path, name, samples):
     teacher = MAKERS[name](1, hidden=8)
     cache = write(tmp_path / "cache", teacher, samples=samples, temperature=2.0)
     batch = collate([ROWS[i] for i in (7, 0, 31)])
-    targets, ce = cache.read(batch)
+    targets, (ce, known) = cache.read(batch)
     labels = batch["labels"] if name in {"bert", "t5"} else torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)
     labels = labels[:, -10:].flatten() if name in {"bert", "t5"} else labels[:, 1:].flatten()
     counted = labels != -100
@@ -51,7 +51,7 @@ def test_the_cache_holds_what_the_teacher_says(tmp_path, name, samples):
     torch.testing.assert_close(targets.logprobs[:, :8], online.logprobs, rtol=0, atol=1e-4)
     torch.testing.assert_close(targets.tail, online.tail, rtol=1e-3, atol=1e-4)
     expected = torch.nn.functional.cross_entropy(logits, labels[counted], reduction="sum")
-    assert ce.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (ce.item(), known.item()) == (pytest.approx(expected.item(), rel=1e-5), counted.sum().item())
     assert verify_cache(tmp_path / "cache", teacher, ROWS, data_collator=collate).kl < 1e-6
 
 
@@ -331,8 +331,8 @@ def test_examples_without_a_counted_position_need_no_targets(tmp_path):
     cache = write(tmp_path / "cache")
     batch = collate(ROWS[:2])
     batch["labels"][:] = -100
-    targets, ce = cache.read(batch)
-    assert (len(targets), ce.item()) == (0, 0.0)
+    targets, known = cache.read(batch)
+    assert (len(targets), known.tolist()) == (0, [0.0, 0.0])
 
 
 def test_labels_on_padding_are_refused():

@@ -64,12 +64,11 @@ class Cached:
         self.cache, self.config = cache, config
 
     def parts(self, batch: dict[str, Any]) -> list[Part]:
-        targets, ce = self.cache.read(batch)
+        targets, known = self.cache.read(batch)
         if self.config.tail is not None:
             targets = targets.treated(self.config.tail)
         device = batch["input_ids"].device
-        known = torch.stack([ce, torch.tensor(float(len(targets)))]).to(device)
-        return [Part(None, targets.to(device), known)]
+        return [Part(None, targets.to(device), known.to(device))]
 
 
 class Weighted:

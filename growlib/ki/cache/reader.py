@@ -55,8 +55,9 @@ class TeacherCache:
 
     @property
     def teacher_ce(self) -> float:
-        """The teacher's mean CE at τ = 1 over all cached positions, nats."""
-        return float(sum(shard.teacher_ce.sum(dtype=np.float64) for shard in self.shards)) / max(self.positions, 1)
+        """The teacher's mean CE at τ = 1 over all cached positions whose label is among its token ids, nats."""
+        known = sum(int(shard.known.sum()) for shard in self.shards)
+        return float(sum(shard.teacher_ce.sum(dtype=np.float64) for shard in self.shards)) / max(known, 1)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Raise GrowError where a student's tokenizer is not the one that the cache was written with."""
@@ -70,7 +71,9 @@ class TeacherCache:
             )
 
     def read(self, batch: dict[str, Any]) -> tuple[Targets, Tensor]:
-        """The targets at a batch's counted positions, in their order, and the teacher's summed CE there; on the CPU.
+        """The targets at a batch's counted positions, in their order, and the teacher's CE there, on the CPU.
+
+        The CE is [2]: its sum, and over how many labels, which are those among the teacher's token ids.
 
         Raises:
             GrowError: an example is not in the cache, or its bytes are damaged.
@@ -79,8 +82,9 @@ class TeacherCache:
         places = self.find(examples)
         empty = np.empty((0, self.header.layout.bytes_per_position), np.uint8)
         records = [empty, *(self.shards[shard].example(number) for shard, number in places)]
-        ce = sum(float(self.shards[shard].teacher_ce[number]) for shard, number in places)
-        return self.header.layout.decode(np.concatenate(records)), torch.tensor(ce)
+        ce = [(self.shards[shard].teacher_ce[number], self.shards[shard].known[number]) for shard, number in places]
+        ce_2 = torch.tensor(ce, dtype=torch.float32).view(-1, 2).sum(0)
+        return self.header.layout.decode(np.concatenate(records)), ce_2
 
     def find(self, examples: list[Example]) -> list[tuple[int, int]]:
         """(shard, number in it) of each example; those without a counted position are left out.

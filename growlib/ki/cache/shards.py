@@ -2,7 +2,8 @@
 
     header.json               what the targets are of, and how they are laid out
     shard-00000.safetensors   digests [E, 16] uint8, starts [E + 1] int64, checksums [E] uint32,
-                              teacher_ce [E] float32 (the teacher's CE at τ = 1, summed), records [N, R] uint8
+                              teacher_ce [E] float32 (the teacher's CE at τ = 1, summed over its known labels),
+                              known [E] int32 (how many labels are among its token ids), records [N, R] uint8
 
 Shapes: E examples of a shard, N their counted positions, R bytes of a record.
 """
@@ -12,9 +13,11 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -25,9 +28,9 @@ from growlib.ki.cache.examples import DIGEST_BYTES
 from growlib.ki.cache.records import Layout
 from growlib.ki.heads import Head
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "header.json"
-INDEX = ("digests", "starts", "checksums", "teacher_ce")
+INDEX = ("digests", "starts", "checksums", "teacher_ce", "known")
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,31 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then rename it: it is never seen in part, even after a power cut."""
+def not_written(folder: Path, error: Exception) -> GrowError:
+    """What to raise where the disk refuses."""
+    return GrowError(
+        f"caching a teacher in {str(folder)!r}",
+        f"a file cannot be written ({error})",
+        "a folder with room, which no other call writes to; finished shards are kept, and the same call goes on there",
+    )
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A path beside a file's place, for its content, which is then renamed: never seen in part, even after a power cut.
+
+    Raises:
+        GrowError: it cannot be written, or another process took it away and left nothing finished.
+    """
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if not (isinstance(error, FileNotFoundError) and path.exists()):
+            raise not_written(path.parent, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -115,7 +134,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_header(folder: Path, header: Header) -> None:
     """Write header.json."""
     text = json.dumps({**dataclasses.asdict(header), "key": header.key}, indent=1)
-    write_whole(folder / HEADER, text.encode() + b"\n")
+    with _written(folder / HEADER) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_header(folder: Path) -> Header:
@@ -142,24 +162,29 @@ def read_header(folder: Path) -> Header:
     return header
 
 
-def write_shard(path: Path, key: str, rows: list[tuple[bytes, float, np.ndarray]]) -> None:
-    """Write a shard of (digest, teacher's summed CE, records [n, R]) per example."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+class Entry(NamedTuple):
+    """What a shard holds of an example: see the head of this file; records [n, R]."""
+
+    digest: bytes
+    teacher_ce: float
+    known: int
+    records: np.ndarray
+
+
+def write_shard(path: Path, key: str, rows: list[Entry]) -> None:
+    """Write a shard."""
     index: dict[str, np.ndarray] = {
-        "digests": np.frombuffer(b"".join(digest for digest, _, _ in rows), np.uint8).reshape(-1, DIGEST_BYTES),
-        "starts": np.cumsum([0, *(len(records) for _, _, records in rows)]).astype(np.int64),
-        "checksums": np.array([zlib.crc32(records.data) for _, _, records in rows], np.uint32),
-        "teacher_ce": np.array([ce for _, ce, _ in rows], np.float32),
+        "digests": np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(-1, DIGEST_BYTES),
+        "starts": np.cumsum([0, *(len(row.records) for row in rows)]).astype(np.int64),
+        "checksums": np.array([zlib.crc32(row.records.data) for row in rows], np.uint32),
+        "teacher_ce": np.array([row.teacher_ce for row in rows], np.float32),
+        "known": np.array([row.known for row in rows], np.int32),
     }
-    records = np.concatenate([records for _, _, records in rows])
-    try:
+    records = np.concatenate([row.records for row in rows])
+    with _written(path) as temporary:
         # One entry: safetensors writes several in an order that changes from call to call.
-        save_file({**index, "records": records}, temporary, {"cache": f"{key} {_checksum(index)}"})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        metadata = {"cache": f"{key} {path.stem} {_checksum(index)}"}
+        save_file({**index, "records": records}, temporary, metadata)
 
 
 def _checksum(index: dict[str, np.ndarray]) -> str:
@@ -170,10 +195,10 @@ def _checksum(index: dict[str, np.ndarray]) -> str:
 
 
 class Shard:
-    """A shard, its index in memory and its records mapped.
+    """A shard, mapped.
 
     Raises:
-        GrowError: the file is missing, damaged, or of another cache.
+        GrowError: the file is missing, damaged, or of another cache or place.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
@@ -183,19 +208,29 @@ class Shard:
         if not path.is_file():
             raise GrowError(asked, f"{path.name} of {header.shards} shards is missing", valid)
         try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                index = {name: file.get_tensor(name) for name in INDEX}
-                shape = file.get_slice("records").get_shape()
-            self.records = _mapped(path, shape)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            with safe_open(path, framework="pt") as file:  # torch maps it and, unlike numpy, keeps no descriptor
+                key, name, checksum = (file.metadata() or {})["cache"].split(" ")
+                found = {name: file.get_tensor(name).numpy() for name in (*INDEX, "records")}
+        except (OSError, RuntimeError) as error:
+            wrong = f"{path.name} cannot be opened ({error})"
+            raise GrowError(asked, wrong, "the right to read it, and fewer files open") from error
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise GrowError(asked, f"{path.name} is damaged ({error})", valid) from error
-        key, _, checksum = metadata.get("cache", "").partition(" ")
-        if key != header.key:
-            raise GrowError(asked, f"{path.name} is of another cache", valid)
-        if checksum != _checksum(index) or shape[1] != header.layout.bytes_per_position:
+        if (key, name) != (header.key, path.stem):
+            raise GrowError(asked, f"{path.name} is of another cache, or another of its shards", valid)
+        examples, positions = len(found["digests"]), len(found["records"])
+        shapes = {
+            "digests": ("u1", (examples, DIGEST_BYTES)),
+            "starts": ("i8", (examples + 1,)),
+            "checksums": ("u4", (examples,)),
+            "teacher_ce": ("f4", (examples,)),
+            "known": ("i4", (examples,)),
+            "records": ("u1", (positions, header.layout.bytes_per_position)),
+        }
+        if {name: (x.dtype, x.shape) for name, x in found.items()} != shapes or checksum != _checksum(found):
             raise GrowError(asked, f"{path.name} is damaged: its index does not fit its checksum", valid)
-        self.digests, self.starts, self.checksums, self.teacher_ce = (index[name] for name in INDEX)
+        self.digests, self.starts, self.checksums, self.teacher_ce, self.known = (found[name] for name in INDEX)
+        self.records = found["records"]
 
     def example(self, number: int) -> np.ndarray:
         """The records of an example, [n, R].
@@ -211,13 +246,3 @@ class Shard:
                 "delete this shard and call growlib.cache_teacher again, which writes it anew",
             )
         return records
-
-
-def _mapped(path: Path, shape: list[int]) -> np.ndarray:
-    """The tensor `records` of a safetensors file (8 bytes of length, a JSON header, the data), without reading it."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        place: dict[str, Any] = json.loads(file.read(length))["records"]
-    if 0 in shape:
-        return np.empty(shape, np.uint8)
-    return np.memmap(path, np.uint8, "r", 8 + length + place["data_offsets"][0], tuple(shape))

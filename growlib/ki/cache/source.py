@@ -14,6 +14,8 @@ from growlib.errors import GrowError
 from growlib.ki.cache.data import Examples, batched
 from growlib.ki.cache.examples import draw_keys, examples_of
 from growlib.ki.cache.records import Layout
+from growlib.ki.cache.shards import Entry
+from growlib.ki.heads import IGNORE_INDEX, aligned_labels
 from growlib.ki.linear import CHUNK_BYTES
 from growlib.ki.targets import Targets
 from growlib.ki.teacher import Teacher
@@ -51,16 +53,19 @@ class Source:
         found, labels = self.teacher.at_labels(batch)
         return found, labels.to(found.device)
 
-    def rows(self, examples: Iterable[Any], layout: Layout, seed: int) -> list[tuple[bytes, float, np.ndarray]]:
-        """(digest, teacher's summed CE, records) of each example."""
+    def rows(self, examples: Iterable[Any], layout: Layout, seed: int) -> list[Entry]:
+        """What a shard of these examples holds."""
         rows = []
         for chosen in batched(examples, self.batch_size):
             batch = self.batch(chosen)
             found = examples_of(batch, self.head)
             records, ce = self.records(batch, draw_keys(found), layout, seed)
+            labels = aligned_labels(batch, self.head)
+            known = (labels[labels != IGNORE_INDEX] < layout.vocab).cpu().numpy()
             ends = np.cumsum([0, *(example.counted for example in found)])
             for example, low, high in zip(found, ends, ends[1:], strict=False):
-                rows.append((example.digest, float(ce[low:high].sum()), records[low:high]))
+                part = slice(low, high)
+                rows.append(Entry(example.digest, float(ce[part].sum()), int(known[part].sum()), records[part]))
         return rows
 
     @torch.no_grad()
