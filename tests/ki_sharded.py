@@ -4,12 +4,13 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from ki_tiny import arguments, collate, examples, llama, shifted
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from growlib import KIConfig, KITrainer, cache_teacher
+from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki.guide import Part
 from growlib.ki.hidden import reach
 from growlib.ki.step import Step, linear_step
@@ -18,6 +19,8 @@ from growlib.ki.targets import Targets
 folder = Path(sys.argv[1])
 rows, teacher = examples(16), llama(1, hidden=8)
 cache_teacher(teacher, rows, folder / "cache", data_collator=collate, shard_examples=3, top_k=8, samples=0)
+with pytest.raises(GrowError, match="seed = 1"):  # in both
+    cache_teacher(teacher, rows, folder / "cache", data_collator=collate, shard_examples=3, top_k=8, samples=0, seed=1)
 ki = KIConfig(teacher=folder / "cache", stop_at=0.7)
 options = {"logging_strategy": "steps", "logging_steps": 1, "max_steps": 3, "per_device_train_batch_size": 2}
 student = llama(0, num_hidden_layers=2)

@@ -16,6 +16,7 @@ from ki_tiny import MAKERS, VOCAB, CountForwards, arguments, bert, collate, exam
 from test_ki_teacher import tokenizer
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki import MaskedExamples, Targets, TeacherCache, verify_cache
@@ -235,9 +236,21 @@ def test_a_cache_that_does_not_fit_the_student_is_refused(tmp_path, student, opt
         ({"top_k": 0, "samples": 0}, "or draws"),
         ({"batch_size": 0}, "batch_size=0.* 1 or more"),
         ({"shard_examples": 0}, "shard_examples=0.* 1 or more"),
-        ({"vocab": VOCAB + 1}, f"at most {VOCAB}"),
+        ({"vocab": VOCAB + 1}, f"1 to {VOCAB}"),
         ({"rows": ["dear", "reader"]}, "an example is a str.* a dict"),
         ({"model": "folder", "head": "decoder"}, "causal, masked, seq2seq, image"),
+        ({"vocab": 0}, f"1 to {VOCAB}"),
+        ({"samples": -1}, "samples=-1.* 0 or more"),
+        ({"top_k": 1.5}, "top_k=1.5.* no whole number"),
+        ({"seed": 1 << 63}, "seed=.* out of range"),
+        ({"temperature": "1"}, "temperature='1'"),
+        ({"model": torch.nn.Linear(2, 2)}, "the teacher is a Linear"),
+        ({"rows": datasets.DatasetDict(train=datasets.Dataset.from_list([{"input_ids": [1]}]))}, "one split of it"),
+        ({"rows": [*ROWS[:3], {"input_ids": torch.arange(4), "labels": torch.arange(4)}]}, "pads where lengths differ"),
+        ({"rows": [{"input_ids": torch.arange(4), "labels": torch.arange(3)}]}, "one label for each token"),
+        ({"rows": [{"input_ids": torch.tensor([1, VOCAB]), "labels": torch.tensor([1, 2])}]}, f"0 to {VOCAB - 1}"),
+        ({"rows": [{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, VOCAB])}]}, "labels from 32 to 32"),
+        ({"rows": [{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, -5])}]}, "labels from -5 to -5"),
     ],
 )
 def test_what_cannot_be_cached_is_refused_before_anything_is_written(tmp_path, change, says):
@@ -298,6 +311,15 @@ def test_after_stop_at_the_cache_is_read_no_more(tmp_path, monkeypatch):
     trainer = train(tmp_path, llama(0), KIConfig(teacher=tmp_path / "cache", stop_at=0.3), ROWS, max_steps=10)
     assert len(reads) == 3
     assert trainer._ki_guide is None
+
+
+def test_random_masks_are_refused(tmp_path):
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer(VOCAB)._tokenizer, mask_token="word1", pad_token="word0")
+    collator = DataCollatorForLanguageModeling(words, mlm_probability=0.5)
+    rows = [{"input_ids": row["input_ids"].tolist()} for row in ROWS]
+    with pytest.raises(GrowError, match="MaskedExamples"):
+        write(tmp_path / "cache", bert(1, hidden=8), rows, data_collator=collator)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_masks_come_from_seed_epoch_and_example(tmp_path):

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from ki_tiny import VOCAB, collate, llama, shifted, train
+from ki_tiny import VOCAB, bert, collate, llama, shifted, t5, train
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from test_ki_cache import ROWS, write
+from test_ki_cache import ROWS, bytes_of, write
 
 from growlib import GrowError, KIConfig
 from growlib.ki import TeacherCache
@@ -87,3 +87,77 @@ def test_the_teachers_ce_is_a_mean_over_the_labels_that_it_knows(tmp_path):
     ki = KIConfig(teacher=cache.path, common_vocab=vocab)
     logs = train(tmp_path, llama(0), ki, ROWS[:8], logging_strategy="steps", logging_steps=1).state.log_history
     assert logs[0]["ki/teacher_ce"] == expected
+
+
+@pytest.mark.parametrize("leftover", ["header.json", ".header.json-7", ".shard-00000.safetensors-7"])
+def test_a_call_that_ended_before_its_first_shard_leaves_nothing_in_the_way(tmp_path, leftover):
+    expected = bytes_of(write(tmp_path / "whole").path)
+    folder = tmp_path / "cache"
+    with pytest.raises(GrowError, match="NaN"):
+        write(folder, broken(3))
+    assert os.listdir(folder) == ["header.json"]
+    (folder / "header.json").rename(folder / leftover)
+    write(folder)
+    assert bytes_of(folder) == expected
+
+
+def broken(token):
+    """A teacher that overflows at a token."""
+    teacher = llama(1, hidden=8)
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight[token] = torch.inf
+    return teacher
+
+
+def test_logits_that_are_no_numbers_are_named_and_not_written(tmp_path):
+    rows = [{name: torch.where(x == 31, 30, x) for name, x in row.items()} for row in ROWS]
+    rows[21]["input_ids"][4] = 31
+    with pytest.raises(GrowError, match="example 21 "):
+        write(tmp_path / "cache", broken(31), rows)
+    assert sorted(os.listdir(tmp_path / "cache")) == ["header.json", FIRST]
+    with pytest.raises(GrowError, match="held_out"):
+        write(tmp_path / "other", broken(31), rows[:8], held_out=rows)
+
+
+def test_settings_of_any_type_of_number_are_the_same_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = {"top_k": np.int64(8), "samples": np.uint8(6), "seed": np.int32(0), "vocab": torch.tensor(VOCAB)}
+    write("~/cache", temperature=1, shard_examples=np.int64(16), batch_size=np.int16(4), **options)
+    assert bytes_of(write(tmp_path / "cache", temperature=np.float32(1)).path) == bytes_of(write(tmp_path / "b").path)
+    assert train(tmp_path, llama(0), KIConfig(teacher="~/cache"), ROWS).state.global_step == 1
+
+
+@pytest.mark.parametrize(("maker", "head"), [(llama, "causal"), (bert, "masked"), (t5, "seq2seq")])
+def test_a_folder_is_loaded_as_its_config_names(tmp_path, maker, head):
+    maker(1, hidden=8).save_pretrained(tmp_path / "teacher")
+    assert write(tmp_path / "cache", tmp_path / "teacher", ROWS[:4]).header.head == head
+
+
+def test_a_disk_that_refuses_is_named_and_what_is_finished_stays(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GrowError, match="cannot be written"):
+        write(tmp_path / "file" / "cache")
+    with limit(resource.RLIMIT_FSIZE, 8000), pytest.raises(GrowError, match="finished shards are kept"):
+        write(tmp_path / "cache", shard_examples=39)
+    assert os.listdir(tmp_path / "cache") == ["header.json"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_process_that_tidies_up(tmp_path, monkeypatch, finished):
+    """It takes a file away that is being written, and may have finished it."""
+    expected = bytes_of(write(tmp_path / "whole").path)
+    folder = tmp_path / "cache"
+
+    def tidy(_):
+        for path in folder.glob(".shard-*"):
+            path.unlink()
+            if finished:
+                name = path.name[1 : path.name.rindex("-")]
+                shutil.copy(tmp_path / "whole" / name, folder / name)
+
+    monkeypatch.setattr(os, "fsync", tidy)
+    if finished:
+        assert bytes_of(write(folder).path) == expected
+    else:
+        with pytest.raises(GrowError, match="no other call writes to"):
+            write(folder)

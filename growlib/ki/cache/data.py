@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ class Examples:
 
     def __init__(self, dataset: Any, name: str) -> None:
         self.dataset, self.name = dataset, name
+        if isinstance(dataset, Mapping):
+            wrong = f"the {name} is a {type(dataset).__name__} of {', '.join(map(repr, dataset))}"
+            raise GrowError("cache_teacher", wrong, "the examples themselves, such as one split of it")
         streams = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
         if not hasattr(dataset, "__iter__" if streams else "__len__") or (streams and iter(dataset) is dataset):
             raise GrowError(

@@ -26,10 +26,13 @@ class Example(NamedTuple):
     Attributes:
         digest: of its token ids and of the labels that its positions predict.
         counted: number of its positions whose label counts, which are those that have targets.
+        row, columns: where in the batch its tokens stand.
     """
 
     digest: bytes
     counted: int
+    row: int
+    columns: np.ndarray
 
 
 def examples_of(batch: dict[str, Any], head: Head) -> list[Example]:
@@ -65,29 +68,30 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 def _segments(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, positions: np.ndarray | None) -> Iterator[Example]:
     for row in range(len(ids)):
-        real = mask[row]
+        real = np.flatnonzero(mask[row])
         tokens, of_row = ids[row][real], labels[row][real]
         starts = [0]
         if positions is not None:
             at = positions[row if len(positions) > 1 else 0][real]
             starts = sorted({0, *np.flatnonzero(at == 0).tolist()})
         for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
-            yield _example(tokens[start:stop], of_row[start:stop])
+            yield _example(row, real[start:stop], tokens[start:stop], of_row[start:stop])
 
 
 def _pairs(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, decoder: np.ndarray | None) -> Iterator[Example]:
     for row in range(len(ids)):
-        length = int(np.flatnonzero(labels[row] != IGNORE_INDEX).max(initial=-1)) + 1
-        extra = () if decoder is None else (decoder[row][:length],)
-        yield _example(ids[row][mask[row]], labels[row][:length], *extra)
+        real, length = np.flatnonzero(mask[row]), int(np.flatnonzero(labels[row] != IGNORE_INDEX).max(initial=-1)) + 1
+        own = decoder is not None and not np.array_equal(decoder[row][1:length], labels[row][: max(length - 1, 0)])
+        extra = (decoder[row][:length],) if decoder is not None and own else ()  # not only the labels, shifted
+        yield _example(row, real, ids[row][real], labels[row][:length], *extra)
 
 
-def _example(tokens: np.ndarray, labels: np.ndarray, *more: np.ndarray) -> Example:
+def _example(row: int, columns: np.ndarray, tokens: np.ndarray, labels: np.ndarray, *more: np.ndarray) -> Example:
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for part in (tokens, labels, *more):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part.astype("<i4").data)
-    return Example(digest.digest(), int((labels != IGNORE_INDEX).sum()))
+    return Example(digest.digest(), int((labels != IGNORE_INDEX).sum()), row, columns)
 
 
 def draw_keys(examples: list[Example]) -> Tensor:

@@ -18,7 +18,7 @@ from growlib.ki.targets import Targets
 
 def is_cache(path: Any) -> bool:
     """Whether a folder holds a cache, finished or not."""
-    return isinstance(path, str | os.PathLike) and os.path.isfile(os.path.join(path, HEADER))
+    return isinstance(path, str | os.PathLike) and os.path.isfile(os.path.join(os.path.expanduser(path), HEADER))
 
 
 class TeacherCache:
@@ -32,7 +32,7 @@ class TeacherCache:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
         self.header = read_header(self.path)
         self.shards = [Shard(shard_path(self.path, n), self.header) for n in range(self.header.shards)]
         digests = np.concatenate([shard.digests for shard in self.shards])

@@ -96,9 +96,9 @@ def verify_cache(
         stored = np.concatenate([cache.shards[shard].example(place) for shard, place in cache.find(examples)])
         again = source.records(batch, draw_keys(examples), header.layout, header.seed)[0]
         same.append((stored == again).all(1))
-        logits = source.forward(batch)[0]
-        logits = (logits if isinstance(logits, torch.Tensor) else logits.logits()).float().cpu()
-        divergences.append(_kl(logits / header.temperature, header.layout.decode(stored), header.top_k))
+        for part, logits, _ in source.chunks(batch):
+            kept = header.layout.decode(stored[part])
+            divergences.append(_kl(logits.cpu() / header.temperature, kept, header.top_k))
     identical, kl = np.concatenate(same), torch.cat(divergences)
     return replace(found, compared=len(kl), identical=float(identical.mean()), kl=float(kl.mean()))
 
