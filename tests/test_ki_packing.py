@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from ki_tiny import arguments, collate, examples, llama, parameters
+from ki_tiny import arguments, bert, collate, examples, gpt2, llama, parameters
 from test_ki_cache import ROWS, write
 from transformers import DataCollatorWithFlattening
 
 from growlib import GrowError, KIConfig, KITrainer
 from growlib.ki import verify_cache
 from growlib.ki.cache.data import padded
+from growlib.ki.cache.examples import examples_of
 
 
 def test_order_batches_padding_and_packing_may_change(tmp_path):
@@ -35,16 +36,8 @@ def test_order_batches_padding_and_packing_may_change(tmp_path):
 
 
 def test_a_packed_dataset_has_the_targets_of_its_examples(tmp_path):
-    """Two examples in each row, as trl packs them: the records are those of the examples alone."""
-    alone = write(tmp_path / "alone", samples=0)
-    pairs = [
-        {
-            "input_ids": torch.cat([one["input_ids"], two["input_ids"]]),
-            "labels": torch.cat([one["labels"], torch.tensor([-100]), two["labels"][1:]]),
-            "position_ids": torch.arange(10).repeat(2),
-        }
-        for one, two in zip(ROWS[::2], ROWS[1::2], strict=True)
-    ]
+    """The records are those of the examples alone."""
+    alone, pairs = write(tmp_path / "alone", samples=0), in_pairs()
     packed = write(tmp_path / "packed", rows=pairs, samples=0)
     assert len(packed) == 20
     assert packed.positions == alone.positions
@@ -52,6 +45,39 @@ def test_a_packed_dataset_has_the_targets_of_its_examples(tmp_path):
     there, here = (cache.read(collate(ROWS))[0] for cache in (packed, alone))
     assert torch.equal(there.ids, here.ids)
     torch.testing.assert_close(there.logprobs, here.logprobs, atol=1e-4, rtol=0)
+
+
+def in_pairs(rows=ROWS):
+    """Two examples in each row, as trl packs them."""
+    return [
+        {
+            "input_ids": torch.cat([one["input_ids"], two["input_ids"]]),
+            "labels": torch.cat([one["labels"], torch.tensor([-100]), two["labels"][1:]]),
+            "position_ids": torch.arange(10).repeat(2),
+        }
+        for one, two in zip(rows[::2], rows[1::2], strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("maker", "mask"), [(llama, True), (gpt2, True), (bert, False)])
+def test_rows_whose_examples_the_teacher_does_not_take_apart_are_refused(tmp_path, maker, mask):
+    """It would say of the second example what it says after the first."""
+    rows = [{**row, **({"attention_mask": torch.ones(20)} if mask else {})} for row in in_pairs()]
+    with pytest.raises(GrowError, match="packs several examples"):
+        write(tmp_path / "cache", maker(1), rows)
+    assert not list((tmp_path / "cache").glob("shard*"))
+
+
+def test_a_decoders_inputs_that_are_its_labels_shifted_change_no_digest():
+    labels = torch.tensor([[5, 3, 8, -100], [7, 2, -100, -100]])
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "labels": labels}
+    plain = examples_of(batch, "seq2seq")
+    shifted = torch.tensor([[0, 5, 3, 8], [0, 7, 2, 0]])
+    for token, second_is_same in ((7, True), (6, False)):
+        shifted[1, 1] = token
+        others = examples_of({**batch, "decoder_input_ids": shifted}, "seq2seq")
+        same = [one.digest == other.digest for one, other in zip(plain, others, strict=True)]
+        assert same == [True, second_is_same]
 
 
 @pytest.mark.parametrize("source", ["cache", "online"])
