@@ -196,8 +196,7 @@ def _cache(options: argparse.Namespace) -> int:
     tokenizer = tokenizer_at(teacher) if teacher else None
     dataset = read_examples(data, tokenizer, options.length) if data else None
     if verifying:
-        loaded = checkpoint.load(teacher) if teacher else None
-        found = verify_cache(words[1], loaded, dataset, data_collator=padded)
+        found = verify_cache(words[1], teacher or None, dataset, tokenizer=tokenizer, data_collator=padded)
         print(found)
         return 0 if found.sound else 1
     held_out = read_examples(options.held_out, tokenizer, options.length) if options.held_out else None

@@ -60,13 +60,13 @@ class TeacherCache:
         return float(sum(shard.teacher_ce.sum(dtype=np.float64) for shard in self.shards)) / max(known, 1)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Raise GrowError where a student's tokenizer is not the one that the cache was written with."""
+        """Raise GrowError where a tokenizer is not the one that the cache was written with."""
         if tokenizer is None or self.header.tokenizer is None:
             return
         if tokenizer_hash(tokenizer) != self.header.tokenizer:
             raise GrowError(
-                f"learning from the teacher's cache {str(self.path)!r}",
-                "the student's tokenizer is another than the one that the cache was written with",
+                f"reading the teacher's cache {str(self.path)!r}",
+                "the tokenizer is another than the one that the cache was written with",
                 "the same tokenizer, or a cache written with this one",
             )
 
@@ -78,13 +78,19 @@ class TeacherCache:
         Raises:
             GrowError: an example is not in the cache, or its bytes are damaged.
         """
-        examples = examples_of(batch, self.header.head)
-        places = self.find(examples)
-        empty = np.empty((0, self.header.layout.bytes_per_position), np.uint8)
-        records = [empty, *(self.shards[shard].example(number) for shard, number in places)]
+        places = self.find(examples_of(batch, self.header.head))
         ce = [(self.shards[shard].teacher_ce[number], self.shards[shard].known[number]) for shard, number in places]
         ce_2 = torch.tensor(ce, dtype=torch.float32).view(-1, 2).sum(0)
-        return self.header.layout.decode(np.concatenate(records)), ce_2
+        return self.header.layout.decode(self.records(places)), ce_2
+
+    def records(self, places: list[tuple[int, int]]) -> np.ndarray:
+        """Of examples that `find` has found, [N, R].
+
+        Raises:
+            GrowError: their bytes are damaged.
+        """
+        empty = np.empty((0, self.header.layout.bytes_per_position), np.uint8)
+        return np.concatenate([empty, *(self.shards[shard].example(number) for shard, number in places)])
 
     def find(self, examples: list[Example]) -> list[tuple[int, int]]:
         """(shard, number in it) of each example; those without a counted position are left out.
@@ -101,7 +107,7 @@ class TeacherCache:
             found = start + np.flatnonzero(self._digests[start:stop, 0] == digest[0])
             if not len(found):
                 raise GrowError(
-                    f"learning from the teacher's cache {str(self.path)!r}",
+                    f"reading the teacher's cache {str(self.path)!r}",
                     f"an example of this batch is not among its {len(self)}: its tokens, or the labels that count, "
                     "are others (a longer or changed dataset, another cut, other masks or another tokenizer)",
                     "the examples that were cached, in any order; or a cache of this dataset",

@@ -1,13 +1,13 @@
 """Is a cache what it says: every byte, and on a sample the teacher itself."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from growlib.errors import GrowError
 from growlib.ki.cache import hashes
@@ -15,7 +15,8 @@ from growlib.ki.cache.capture import placed
 from growlib.ki.cache.data import Examples
 from growlib.ki.cache.examples import draw_keys, examples_of
 from growlib.ki.cache.reader import TeacherCache
-from growlib.ki.cache.source import Collator, Source
+from growlib.ki.cache.shards import Header
+from growlib.ki.cache.source import Batches, Collator, Source
 from growlib.ki.targets import Targets, product
 from growlib.ki.teacher import Teacher
 
@@ -59,17 +60,21 @@ def verify_cache(
     teacher: PreTrainedModel | str | os.PathLike[str] | None = None,
     dataset: Any = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     data_collator: Collator = default_data_collator,
     sample: int = 32,
 ) -> CacheVerification:
-    """Read every record of a cache; with its teacher and dataset, run the teacher again on a sample and compare.
+    """Read every record of a cache, and compare it with the teacher, the dataset and the tokenizer that are given.
+
+    Of the dataset every example is looked up. With both, the teacher is run again on a sample and compared.
 
     Args:
         path: a finished cache.
+        teacher: a folder is loaded in the dtype of the cache; a model is taken as it is.
         sample: number of examples, evenly spread over the dataset.
 
     Raises:
-        GrowError: a byte was damaged, or teacher or dataset are others than the cache's.
+        GrowError: a byte was damaged, or teacher, dataset or tokenizer are others than the cache's.
     """
     cache = TeacherCache(path)
     for shard in cache.shards:
@@ -77,29 +82,61 @@ def verify_cache(
             shard.example(number)
     header = cache.header
     found = CacheVerification(len(cache), cache.positions, header.layout.bytes_per_position)
-    if teacher is None:
-        return found
-    asked = f"verifying the teacher's cache {str(Path(path))!r}"
-    model = placed(teacher, header.head, None if header.dtype is None else getattr(torch, header.dtype))
-    if hashes.weights_hash(model) != header.teacher:
-        raise GrowError(asked, "another teacher wrote it: the hash of its weights differs", "the teacher that wrote it")
+    cache.check_tokenizer(tokenizer)
+    asked = f"verifying the teacher's cache {str(cache.path)!r}"
+    model = None if teacher is None else _teacher(asked, teacher, header)
     if dataset is None:
         return found
     given = Examples(dataset, "dataset")
     if len(given) != len(cache):
         raise GrowError(asked, f"the dataset has {len(given)} examples and the cache {len(cache)}", "its dataset")
-    source = Source(Teacher(model, header.vocab), data_collator, header.batch_size)
-    same, divergences = [np.empty(0, bool)], [torch.zeros(0)]
-    for example in given.at(hashes.spread(len(given), sample)):
+    source = Batches(data_collator, header.batch_size, header.head)
+    if model is not None:
+        source = Source(Teacher(model, header.vocab), data_collator, header.batch_size)
+    _look_up(asked, cache, source, given)
+    if not isinstance(source, Source):
+        return found
+    return _compare(found, cache, source, given.at(hashes.spread(len(given), sample)))
+
+
+def _teacher(asked: str, teacher: PreTrainedModel | str | os.PathLike[str], header: Header) -> PreTrainedModel:
+    """The teacher, loaded where it is not yet."""
+    dtype = None if header.dtype is None else getattr(torch, header.dtype)
+    if isinstance(teacher, PreTrainedModel):
+        if dtype not in (None, teacher.dtype):
+            wrong = f"the teacher is in {teacher.dtype}, and wrote it in {dtype}"
+            raise GrowError(asked, wrong, f"a teacher in {dtype}, or its folder, which is loaded so")
+        dtype = None
+    for head in (None, header.head):  # as its config names, or as `cache_teacher` may have been told
+        model = placed(teacher, head, dtype)
+        if hashes.weights_hash(model) == header.teacher:
+            return model
+    raise GrowError(asked, "another teacher wrote it: the hash of its weights differs", "the teacher that wrote it")
+
+
+def _look_up(asked: str, cache: TeacherCache, source: Batches, given: Examples) -> None:
+    """Raise GrowError where an example is not in the cache, or at another place."""
+    for chosen in given.batches(source.batch_size):
+        cache.find(examples_of(source.batch(chosen), source.head))
+    if source.dataset_hash(given) != cache.header.dataset:
+        raise GrowError(asked, "the dataset has its examples in another order", "the dataset as it was cached")
+
+
+def _compare(found: CacheVerification, cache: TeacherCache, source: Source, sample: Iterable[Any]) -> CacheVerification:
+    """With what the teacher says now."""
+    layout, same, divergences = cache.header.layout, [np.empty(0, bool)], [torch.zeros(0)]
+    for example in sample:
         batch = source.batch([example])
-        examples = examples_of(batch, header.head)
-        stored = np.concatenate([cache.shards[shard].example(place) for shard, place in cache.find(examples)])
-        again = source.records(batch, draw_keys(examples), header.layout, header.seed)[0]
+        examples = examples_of(batch, source.head)
+        stored = cache.records(cache.find(examples))
+        again = source.records(batch, draw_keys(examples), layout, cache.header.seed)[0]
         same.append((stored == again).all(1))
         for part, logits, _ in source.chunks(batch):
-            kept = header.layout.decode(stored[part])
-            divergences.append(_kl(logits.cpu() / header.temperature, kept, header.top_k))
+            kept = layout.decode(stored[part])
+            divergences.append(_kl(logits.cpu() / layout.temperature, kept, layout.top_k))
     identical, kl = np.concatenate(same), torch.cat(divergences)
+    if not len(kl):
+        return found
     return replace(found, compared=len(kl), identical=float(identical.mean()), kl=float(kl.mean()))
 
 
