@@ -1,7 +1,6 @@
 """A teacher's cache: its bytes, its files, what damages it, and training from it."""
 
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -214,6 +213,9 @@ def test_another_teacher_tokenizer_or_dataset_is_named_when_the_cache_is_used(tm
         (llama, {"temperature": 2.0}, "temperature 1.0"),
         (bert, {}, "causal model, the student masked"),
         (lambda seed: llama(seed, vocab=VOCAB - 2), {}, f"vocab={VOCAB - 2}"),
+        (lambda seed: llama(seed, vocab=VOCAB + 2), {}, "no tokenizer proves"),
+        (llama, {"common_vocab": VOCAB - 2}, f"vocab={VOCAB - 2}"),
+        (lambda seed: llama(seed, vocab=VOCAB + 2), {"common_vocab": VOCAB + 2}, f"common_vocab={VOCAB}"),
         (llama, {"top_k": 4}, "no top_k"),
         (llama, {"tail": "bucket"}, "draws"),
     ],
@@ -291,6 +293,19 @@ def test_training_from_a_cache_is_training_with_the_online_top_k(tmp_path, tail)
     assert 0.5 * exact[0] < logs[0][0]["ki/teacher_ce"] < 2 * exact[0]
 
 
+@pytest.mark.parametrize("proof", [{"ki": {"common_vocab": VOCAB}}, {"processing_class": tokenizer(VOCAB - 3)}])
+def test_a_student_of_more_ids_learns_from_a_cache_whose_ids_are_proven(tmp_path, proof):
+    write(tmp_path / "cache", tokenizer=tokenizer(VOCAB - 3))
+    ki = KIConfig(teacher=tmp_path / "cache", **proof.pop("ki", {}))
+    assert train(tmp_path, llama(0, vocab=VOCAB + 2), ki, ROWS, trainer_options=proof).state.global_step == 1
+
+
+def test_draws_alone_have_no_gate(tmp_path):
+    write(tmp_path / "cache", top_k=0)
+    with pytest.raises(GrowError, match="the gate"):
+        train(tmp_path, llama(0), KIConfig(teacher=tmp_path / "cache", gate=True), ROWS)
+
+
 def test_a_sampled_cache_teaches_towards_the_full_distribution(tmp_path):
     teacher = llama(1, hidden=8)
     write(tmp_path / "cache", teacher, top_k=4, samples=24)
@@ -362,27 +377,3 @@ def test_labels_on_padding_are_refused():
     batch["labels"][:] = 2
     with pytest.raises(GrowError, match="-100 on padding"):
         examples_of(batch, "masked")
-
-
-def test_the_command_line_writes_and_verifies(tmp_path, capsys):
-    from growlib.cli import main
-
-    teacher = llama(1, hidden=8)
-    teacher.save_pretrained(tmp_path / "teacher")
-    rows = [{"input_ids": row["input_ids"][: 4 + i % 5].tolist()} for i, row in enumerate(ROWS)]
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    folder = str(tmp_path / "cache")
-    common = [str(tmp_path / "teacher"), str(data)]
-    assert main(["cache", *common, folder, "--top-k", "8", "--samples", "4", "--held-out", str(data)]) == 0
-    assert "40 examples" in capsys.readouterr().out
-    assert main(["cache", "verify", folder, *common]) == 0
-    assert "the teacher: KL" in capsys.readouterr().out
-    assert main(["cache", "verify", folder]) == 0
-    header = TeacherCache(folder).header
-    assert header.held_out_ce == pytest.approx(TeacherCache(folder).teacher_ce, rel=1e-5)
-    for wrong in (["cache", *common], ["cache", "verify"], ["cache", "verify", str(tmp_path)]):
-        assert main(wrong) == 2
-    (tmp_path / "text.txt").write_text("word1 word2")
-    assert main(["cache", common[0], str(tmp_path / "text.txt"), str(tmp_path / "c2")]) == 2
-    assert "tokenizer" in capsys.readouterr().err

@@ -169,12 +169,24 @@ def _cached(cache: TeacherCache, config: KIConfig, student: PreTrainedModel, tok
             "what the others weigh at another",
             f"temperature={header.temperature}, or a cache written at {config.temperature}",
         )
-    if header.vocab > vocab:
-        wrong = f"the cache is over {header.vocab} token ids and the student has {vocab}"
-        raise GrowError(asked, wrong, f"a cache written with vocab={vocab}")
+    cache.check_tokenizer(tokenizer)
+    has_both = tokenizer is not None and header.tokenizer is not None
+    padded = has_both and max(tokenizer.get_vocab().values()) < header.vocab
+    shared = config.common_vocab or (header.vocab if padded else vocab)
+    if header.vocab != shared or header.vocab > vocab:
+        raise GrowError(
+            asked,
+            f"the cache is over {header.vocab} token ids and the student has {vocab}, "
+            + ("which no tokenizer proves to be padding" if config.common_vocab is None else f"common_vocab={shared}"),
+            f"a cache written with vocab={min(shared, vocab)}, or, where its ids mean the same to the student, "
+            f"common_vocab={header.vocab}",
+        )
     if config.top_k is not None:
         raise GrowError(asked, "top_k is of online teachers; the cache has its own", "no top_k")
-    cache.check_tokenizer(tokenizer)
+    if config.gate and header.top_k == 0:
+        raise GrowError(
+            asked, "the gate needs the teacher's probability of the label, and draws do not tell it", "top_k"
+        )
     return Cached(cache, config)
 
 
