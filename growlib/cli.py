@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ def _cache(options: argparse.Namespace) -> int:
     # Here, because it imports the Trainer, which the other commands do not need.
     from growlib.ki.cache import cache_teacher, verify_cache
     from growlib.ki.cache.data import padded, read_examples
+    from growlib.ki.heads import head_of
     from growlib.ki.teacher import tokenizer_at
 
     words = options.arguments
@@ -200,8 +202,13 @@ def _cache(options: argparse.Namespace) -> int:
         print(found)
         return 0 if found.sound else 1
     held_out = read_examples(options.held_out, tokenizer, options.length) if options.held_out else None
+    model = checkpoint.load(teacher)
+    head, rows = head_of(model), chain(dataset or (), held_out or ())
+    if head != "causal" and any(row["labels"] is row["input_ids"] for row in rows):
+        wrong = f"there are no labels, and for a {head} model the tokens are none"
+        raise GrowError(f"growlib cache {' '.join(words)}", wrong, "a .jsonl with labels; growlib.ki.MaskedExamples")
     cache = cache_teacher(
-        checkpoint.load(teacher),
+        model,
         dataset,
         words[2],
         top_k=options.top_k,

@@ -187,7 +187,11 @@ def _share_parameters(one: nn.Module, other: nn.Module) -> bool:
 
 
 def tokenizer_at(source: str) -> Any:
-    """The tokenizer that lies beside the teacher's weights; None where there is none."""
+    """The tokenizer that lies beside the teacher's weights; None where there is none.
+
+    Raises:
+        GrowError: it is broken.
+    """
     if os.path.isdir(source):
         if not any(os.path.isfile(os.path.join(source, f"tokenizer{end}")) for end in (".json", "_config.json")):
             return None
@@ -197,6 +201,9 @@ def tokenizer_at(source: str) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except OSError:
         return None
+    except Exception as error:  # what tokenizers raises has no class of its own
+        wrong = f"its tokenizer cannot be read ({error})"
+        raise GrowError(f"the teacher {source!r}", wrong, "a tokenizer of transformers, or none") from error
 
 
 def _class_names(model: PreTrainedModel) -> dict[str, int] | None:

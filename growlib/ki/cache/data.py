@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from growlib.errors import GrowError
 from growlib.ki.heads import IGNORE_INDEX
 
+PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0, "token_type_ids": 0, "position_ids": 0}
+
 
 class Examples:
     """The examples of a dataset by their numbers, also of one that can only be read in order.
@@ -86,22 +88,17 @@ class Blocks(Dataset):
         return len(self.ids)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        ids = torch.from_numpy(np.asarray(self.ids[number], np.int64))
+        ids = torch.from_numpy(np.array(self.ids[number], np.int64))  # a copy: the file is not writable
         return {"input_ids": ids, "labels": ids}
 
 
 def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of examples of whatever lengths: `input_ids`, `labels` (-100 on padding), `attention_mask`, [B, L]."""
-
-    def column(name: str, padding: int) -> Tensor:
-        parts = [torch.as_tensor(row[name]) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)
-
-    mask = [torch.ones(len(row["input_ids"]), dtype=torch.int64) for row in rows]
+    """A batch of examples of whatever lengths: those of `PADDING` that they have, and `attention_mask`, [B, L]."""
+    rows = [{"attention_mask": torch.ones(len(row["input_ids"]), dtype=torch.int64), **row} for row in rows]
     return {
-        "input_ids": column("input_ids", 0),
-        "labels": column("labels", IGNORE_INDEX),
-        "attention_mask": torch.nn.utils.rnn.pad_sequence(mask, batch_first=True),
+        name: torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row[name]) for row in rows], True, padding)
+        for name, padding in PADDING.items()
+        if name in rows[0]
     }
 
 
@@ -123,13 +120,13 @@ def read_examples(
     asked = f"reading examples from {str(path)!r}"
     if not path.exists():
         raise GrowError(asked, "there is no such file or folder", "a .npy or .jsonl file, or text")
-    if path.suffix == ".npy":
-        ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or len(ids) == 0:
-            raise GrowError(asked, f"it is {ids.dtype} of shape {ids.shape}", "integer token ids [examples, length]")
-        return Blocks(ids)
-    if path.suffix == ".jsonl":
+    kind = path.suffix if path.is_file() else ""
+    if kind == ".npy":
+        return Blocks(_token_ids(asked, path))
+    if kind == ".jsonl":
         return _rows(asked, path)
+    if length < 2:
+        raise GrowError(asked, f"of a block of length={length} nothing is predicted", "2 or more tokens")
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if tokenizer is None or tokenizer.eos_token_id is None:
         raise GrowError(asked, "text needs a tokenizer with an end-of-text token", "one beside the teacher; or .npy")
@@ -145,15 +142,37 @@ def read_examples(
     return Blocks(np.array(ids_N[: len(ids_N) // length * length], np.int32).reshape(-1, length))
 
 
+def _token_ids(asked: str, path: Path) -> np.ndarray:
+    valid = "a .npy file of integer token ids [examples, length]"
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise GrowError(asked, f"it holds no array of numbers ({error})", valid) from error
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
+        raise GrowError(asked, f"it is {ids.dtype} of shape {ids.shape}", valid)
+    return ids
+
+
 def _rows(asked: str, path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append({"labels": row["input_ids"], **row})
-        except (ValueError, KeyError, TypeError) as error:
-            valid = 'lines such as {"input_ids": [5, 3, 8]}'
-            raise GrowError(asked, f"line {number} is no example ({error!r})", valid) from error
+    try:
+        with path.open(encoding="utf-8") as file:  # whose lines, unlike splitlines', do not end at U+2028
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(_row(f"{asked}, line {number}", line))
+    except UnicodeDecodeError as error:
+        raise GrowError(asked, f"it is no UTF-8 text ({error})", "an example per line") from error
     if not rows:
         raise GrowError(asked, "it is empty", "an example per line")
     return rows
+
+
+def _row(asked: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        ids = np.array(row["input_ids"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise GrowError(asked, f"it is no example ({error!r})", 'such as {"input_ids": [5, 3, 8]}') from error
+    if ids.ndim != 1 or ids.dtype.kind != "i" or not (ids.min() >= 0 and ids.max() < 1 << 31):
+        raise GrowError(asked, "its input_ids are no token ids", 'such as {"input_ids": [5, 3, 8]}')
+    return {"labels": row["input_ids"], **row}
