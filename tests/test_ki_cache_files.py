@@ -16,6 +16,7 @@ from test_ki_cache import ROWS, bytes_of, write
 from growlib import GrowError, KIConfig
 from growlib.ki import TeacherCache
 from growlib.ki.cache.shards import Shard
+from growlib.ki.projection import Projection
 
 FIRST = "shard-00000.safetensors"
 
@@ -117,6 +118,14 @@ def test_logits_that_are_no_numbers_are_named_and_not_written(tmp_path):
     assert sorted(os.listdir(tmp_path / "cache")) == ["header.json", FIRST]
     with pytest.raises(GrowError, match="held_out"):
         write(tmp_path / "other", broken(31), rows[:8], held_out=rows)
+
+
+def test_held_out_logits_are_computed_in_chunks(tmp_path, monkeypatch):
+    sizes, logits = [], Projection.logits
+    monkeypatch.setattr(Projection, "logits", lambda self: sizes.append(len(self.hidden)) or logits(self))
+    monkeypatch.setattr("growlib.ki.cache.source.CHUNK_BYTES", 1)
+    write(tmp_path / "cache", held_out=ROWS, batch_size=40)
+    assert max(sizes[1:]) == 16  # the first are those that prove the head
 
 
 def test_settings_of_any_type_of_number_are_the_same_settings(tmp_path, monkeypatch):

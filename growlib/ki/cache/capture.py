@@ -52,7 +52,7 @@ def cache_teacher(
     Args:
         teacher: as in `KIConfig`.
         dataset: of examples as the Trainer takes them, with an index, or iterable (it is then read from its beginning
-            three times); a masked language model's masks must not change from one reading to the next
+            four times); a masked language model's masks must not change from one reading to the next
             (`MaskedExamples`).
         path: a folder, new or of an interrupted call.
         top_k: exact tokens per position.
@@ -69,7 +69,8 @@ def cache_teacher(
         dtype: what the teacher is cast to.
 
     Raises:
-        GrowError: the dataset can be read only once, the settings cannot be, or the folder holds another cache.
+        GrowError: the dataset can be read only once or is another each time, the settings cannot be, the teacher's
+            logits are no numbers or mix packed examples, or the folder holds another cache or cannot be written to.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())  # the processes of accelerate or torchrun
     batch_size = _whole("batch_size", batch_size, 1)
