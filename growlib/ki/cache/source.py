@@ -85,7 +85,7 @@ class Source(Batches):
     def __init__(self, teacher: Teacher, collator: Collator, batch_size: int) -> None:
         super().__init__(collator, batch_size, teacher.head, teacher.names)
         self.teacher = teacher
-        embedding = teacher.model.get_input_embeddings()
+        embedding = None if teacher.head == "image" else teacher.model.get_input_embeddings()
         self.sizes = {"input_ids": getattr(embedding, "num_embeddings", math.inf), "labels": outcomes(teacher.model)}
         self.packing_is_proven = False
 
