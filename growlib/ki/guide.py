@@ -184,9 +184,7 @@ def _cached(cache: TeacherCache, config: KIConfig, student: PreTrainedModel, tok
     if config.top_k is not None:
         raise GrowError(asked, "top_k is of online teachers; the cache has its own", "no top_k")
     if config.gate and header.top_k == 0:
-        raise GrowError(
-            asked, "the gate needs the teacher's probability of the label, and draws do not tell it", "top_k"
-        )
+        raise GrowError(asked, "draws do not tell the gate how probable the label is", "a cache with a top_k")
     return Cached(cache, config)
 
 
