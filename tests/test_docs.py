@@ -65,6 +65,14 @@ def test_the_readme_lists_every_file():
     assert not [name for name in sorted(names) if name not in listed]
 
 
+def test_the_two_halves_do_not_import_each_other():
+    """At the top of a file: recipes and the command line join them."""
+    for path in (ROOT / "growlib").rglob("*.py"):
+        imported = re.findall(r"^(?:from|import) (growlib[\w.]*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        of_ki = [name.startswith("growlib.ki") for name in imported if name != "growlib.errors"]
+        assert all(of_ki) if ROOT / "growlib/ki" in path.parents else not any(of_ki), path
+
+
 def test_the_readme_example_runs(capsys):
     example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     exec(example.group(1), {})

@@ -6,10 +6,12 @@ import os
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
@@ -149,17 +151,26 @@ def resolve_teacher(
     return Teacher(model, common_vocab)
 
 
-def load_teacher(source: str, head: str, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_teacher(source: str, head: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
     """Load safetensors weights, never code.
+
+    Args:
+        head: the kind of model; None: the class that the config names, or a causal one where it names none.
 
     Raises:
         GrowError: they do not load, or not as this kind of model.
     """
-    asked = f"KIConfig(teacher={source!r})"
-    if head not in AUTO_CLASS:
+    asked = f"the teacher {source!r}"
+    if head is not None and head not in AUTO_CLASS:
         raise GrowError(f"a teacher with head={head!r}", "there is no such kind of model", ", ".join(AUTO_CLASS))
+    kind = "language" if head is None else head
     try:
-        model, report = AUTO_CLASS[head].from_pretrained(
+        if head is None:
+            named = AutoConfig.from_pretrained(source, trust_remote_code=False).architectures or [""]
+            model_class: Any = getattr(transformers, named[0], AutoModelForCausalLM)
+        else:
+            model_class = AUTO_CLASS[head]
+        model, report = model_class.from_pretrained(
             source,
             dtype=dtype or "auto",
             use_safetensors=True,
@@ -169,7 +180,7 @@ def load_teacher(source: str, head: str, dtype: torch.dtype | None) -> PreTraine
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise GrowError(
             asked,
-            f"it does not load as a {head} model ({error})",
+            f"it does not load as a {kind} model ({error})",
             "a folder or hub id with a config.json of a transformers architecture and safetensors weights",
         ) from error
     if report["missing_keys"]:
@@ -177,7 +188,7 @@ def load_teacher(source: str, head: str, dtype: torch.dtype | None) -> PreTraine
         raise GrowError(
             asked,
             f"the checkpoint lacks {missing}",
-            f"the checkpoint of a {head} model, head included",
+            f"the checkpoint of a {kind} model, head included",
         )
     return model
 

@@ -13,7 +13,6 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
-from growlib import checkpoint
 from growlib.errors import GrowError
 from growlib.ki.cache import hashes
 from growlib.ki.cache.data import Examples
@@ -135,12 +134,7 @@ def placed(
     if not isinstance(teacher, PreTrainedModel | str | os.PathLike):
         wrong = f"the teacher is a {type(teacher).__name__}"
         raise GrowError("cache_teacher", wrong, "a PreTrainedModel, a folder or a hub id")
-    model: Any = teacher
-    if not isinstance(teacher, PreTrainedModel):
-        if head is None:
-            model = checkpoint.load(teacher if isinstance(teacher, str) else Path(teacher))
-        else:
-            model = load_teacher(os.fspath(teacher), head, dtype)
+    model: Any = teacher if isinstance(teacher, PreTrainedModel) else load_teacher(os.fspath(teacher), head, dtype)
     if getattr(model, "hf_device_map", None) is None:
         model.to(device=PartialState().device, dtype=dtype)
     return model

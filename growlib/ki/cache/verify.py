@@ -90,12 +90,11 @@ def verify_cache(
     given = Examples(dataset, "dataset")
     if len(given) != len(cache):
         raise GrowError(asked, f"the dataset has {len(given)} examples and the cache {len(cache)}", "its dataset")
-    source = Batches(data_collator, header.batch_size, header.head)
-    if model is not None:
-        source = Source(Teacher(model, header.vocab), data_collator, header.batch_size)
-    _look_up(asked, cache, source, given)
-    if not isinstance(source, Source):
+    if model is None:
+        _look_up(asked, cache, Batches(data_collator, header.batch_size, header.head), given)
         return found
+    source = Source(Teacher(model, header.vocab), data_collator, header.batch_size)
+    _look_up(asked, cache, source, given)
     return _compare(found, cache, source, given.at(hashes.spread(len(given), sample)))
 
 
