@@ -3,52 +3,58 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from growlib.errors import GrowError
-from growlib.expand import expand, plan
-from growlib.families import families
-from growlib.learn import learn
-from growlib.methods import Method, methods
-from growlib.origin import Origin
-from growlib.plan import GrowthPlan
-from growlib.verify import Verification, verify
-
-if TYPE_CHECKING:
+# ruff: noqa: F401
+if TYPE_CHECKING:  # for the type checker, which does not run __getattr__
     from growlib import ki
-    from growlib.after import EntryRates, Rewarm, freeze_old, mup_groups
+    from growlib.architectures import families
+    from growlib.errors import GrowError
+    from growlib.growth import expand, plan
+    from growlib.growth_plan import GrowthPlan
+    from growlib.inference import infer
     from growlib.ki import KIConfig, KIMixin, KITrainer, cache_teacher
+    from growlib.learning import learn
+    from growlib.maps import AxisMap, LayerMap
+    from growlib.operators import Method, methods, register
+    from growlib.origin import Origin
+    from growlib.training import EntryRates, Rewarm, freeze_old, mup_groups
+    from growlib.verification import Verification, verify
 
-__all__ = [
-    "EntryRates",
-    "GrowError",
-    "GrowthPlan",
-    "KIConfig",
-    "KIMixin",
-    "KITrainer",
-    "Method",
-    "Origin",
-    "Rewarm",
-    "Verification",
-    "cache_teacher",
-    "expand",
-    "families",
-    "freeze_old",
-    "ki",
-    "learn",
-    "methods",
-    "mup_groups",
-    "plan",
-    "verify",
-]
-
-
-# What imports the Trainer, which the weights half does not need: imported on first use.
-_LAZY = dict.fromkeys(("EntryRates", "Rewarm", "freeze_old", "mup_groups"), "growlib.after")
-_LAZY |= dict.fromkeys(("KIConfig", "KIMixin", "KITrainer", "cache_teacher"), "growlib.ki")
+# Each public name and where it stands: imported on first use, so that `growlib --help` need not wait for torch.
+_PLACES = {
+    "AxisMap": "maps",
+    "EntryRates": "training",
+    "GrowError": "errors",
+    "GrowthPlan": "growth_plan",
+    "KIConfig": "ki",
+    "KIMixin": "ki",
+    "KITrainer": "ki",
+    "LayerMap": "maps",
+    "Method": "operators",
+    "Origin": "origin",
+    "Rewarm": "training",
+    "Verification": "verification",
+    "cache_teacher": "ki",
+    "expand": "growth",
+    "families": "architectures",
+    "freeze_old": "training",
+    "infer": "inference",
+    "learn": "learning",
+    "methods": "operators",
+    "mup_groups": "training",
+    "plan": "growth",
+    "register": "operators",
+    "verify": "verification",
+}
+__all__ = ["ki", *_PLACES]
 
 
 def __getattr__(name: str) -> Any:
     if name == "ki":
         return importlib.import_module("growlib.ki")
-    if name not in _LAZY:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    return getattr(importlib.import_module(f"growlib.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

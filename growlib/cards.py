@@ -18,11 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from growlib import checkpoint
 from growlib.errors import GrowError
-from growlib.expand import expand, plan
-from growlib.families.inference.tiny import tiny_model
-from growlib.methods import Method, methods
+from growlib.growth import expand, plan
+from growlib.inference.tiny import tiny_model
+from growlib.operators import Method, methods
 from growlib.show import LEGEND
-from growlib.verify import verify
+from growlib.verification import verify
 
 DRAWN = ("embed_tokens", "q_proj", "o_proj", "gate_proj", "down_proj", "model.norm")
 WIDER = {
@@ -99,11 +99,11 @@ def measurement(method: Method) -> str:
     """How far each grown model is from its source, as a table."""
     models = {**sources(), "bert": trained()}
     rows = []
-    for family, (title, model) in models.items():
+    for architecture, (title, model) in models.items():
         cells = []
         for column in range(2):
-            wider = WIDER[family][column] if method.width else {}
-            deeper = DEEPER[family][column] if method.depth else {}
+            wider = WIDER[architecture][column] if method.width else {}
+            deeper = DEEPER[architecture][column] if method.depth else {}
             try:
                 big = expand(model, wider | deeper, method, exact=False)
                 cells.append(f"{verify(model, big).max_rel:.0e}")
@@ -135,7 +135,7 @@ def block(name: str, content: str, card: str) -> str:
 def main(folder: Path) -> None:
     """Write both blocks of each card anew."""
     llama = sources()["llama"][1]
-    for method in (row for row in methods() if not (row.resets or row.learned)):
+    for method in (row for row in methods() if not (row.reset or row.learned)):
         path = folder / f"{method.name}.md"
         card = block("figure", f"```text\n{figure(method, llama)}\n```", path.read_text())
         path.write_text(block("measured", measurement(method), card))

@@ -18,11 +18,19 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
 from growlib.errors import GrowError
-from growlib.plan import Skeleton
+from growlib.growth_plan import Skeleton
 
 logger = logging.getLogger("growlib")
 
 Source = PreTrainedModel | str | Path
+
+_MAPPINGS = (
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_MAPPING_NAMES,
+)
 
 
 def load(source: Source) -> PreTrainedModel:
@@ -31,27 +39,12 @@ def load(source: Source) -> PreTrainedModel:
     Raises GrowError for a folder without config or weights, for pickled, truncated or incomplete weights, and for
     a class that transformers does not have (code that comes with a checkpoint is never run).
     """
-    asked = f"reading the checkpoint {str(source)!r}"
     if isinstance(source, PreTrainedModel):
-        odd = [name for name, p in source.named_parameters() if p.is_meta or not p.is_floating_point()]
-        if odd:
-            wrong = f"{len(odd)} of its tensors are quantised or not loaded, {odd[0]} among them"
-            raise GrowError(
-                f"growing a {type(source).__name__}", wrong, "a model with floating-point weights in memory"
-            )
+        _check_model(source, loaded=True)
         return source
-    if not isinstance(source, str | Path):
-        raise GrowError(asked, f"it is a {type(source).__name__}", "a PreTrainedModel, a folder or a hub id")
-    folder = Path(source)
-    if folder.is_dir():
-        _check_folder(asked, folder)
-    elif folder.exists() or folder.is_absolute() or len(folder.parts) > 2 or isinstance(source, Path):
-        wrong = "it is a file" if folder.exists() else "there is no such folder"
-        raise GrowError(asked, wrong, "a folder written by save_pretrained, or a hub id")
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (StrictDataclassError, OSError, ValueError, KeyError) as error:
-        raise GrowError(asked, _first_line(error), "a folder or hub id with a config.json") from error
+    asked, config = _read_config(source)
+    if Path(source).is_dir():
+        _check_weights(asked, Path(source))
     model_class = _model_class(asked, config)
     try:
         loaded: Any = model_class.from_pretrained(
@@ -67,22 +60,73 @@ def load(source: Source) -> PreTrainedModel:
     return model.eval()
 
 
-def _check_folder(asked: str, folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise GrowError(asked, "there is no config.json", "a folder written by save_pretrained")
+def describe(source: Source | PreTrainedConfig) -> tuple[type[PreTrainedModel], Skeleton]:
+    """The class and the skeleton of a model, also one on the meta device; of a config; of a folder or a hub id.
+
+    Weights are not read, and need not be there. Raises GrowError as `load`.
+    """
+    if isinstance(source, PreTrainedModel):
+        _check_model(source)
+        return type(source), skeleton(source)
+    if isinstance(source, PreTrainedConfig):
+        return class_of(source), skeleton_of(class_of(source), source)
+    asked, config = _read_config(source)
+    model_class = _model_class(asked, config)
+    return model_class, skeleton_of(model_class, config)
+
+
+def _check_model(model: PreTrainedModel, loaded: bool = False) -> None:
+    odd = [n for n, p in model.named_parameters() if not p.is_floating_point() or (loaded and p.is_meta)]
+    if odd:
+        wrong = f"{len(odd)} of its tensors are quantised or not loaded, {odd[0]} among them"
+        raise GrowError(f"growing a {type(model).__name__}", wrong, "a model with floating-point weights in memory")
+
+
+def _read_config(source: str | Path) -> tuple[str, PreTrainedConfig]:
+    """What was asked, in words, and the config of a folder or a hub id."""
+    asked = f"reading the checkpoint {str(source)!r}"
+    if not isinstance(source, str | Path):
+        raise GrowError(asked, f"it is a {type(source).__name__}", "a PreTrainedModel, a folder or a hub id")
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise GrowError(asked, "there is no config.json", "a folder written by save_pretrained")
+    elif folder.exists() or folder.is_absolute() or len(folder.parts) > 2 or isinstance(source, Path):
+        wrong = "it is a file" if folder.exists() else "there is no such folder"
+        raise GrowError(asked, wrong, "a folder written by save_pretrained, or a hub id")
+    try:
+        return asked, AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (StrictDataclassError, OSError, ValueError, KeyError) as error:
+        raise GrowError(asked, _first_line(error), "a folder or hub id with a config.json") from error
+
+
+def _check_weights(asked: str, folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         wrong = f"its weights are pickled ({', '.join(pickled)})" if pickled else "there are no weights"
         raise GrowError(asked, wrong, "weights in safetensors (save_pretrained writes them)")
 
 
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a config names, or transformers' first one for its model type. Raises GrowError."""
+    names = list(config.architectures or [])
+    for mapping in _MAPPINGS:
+        entry = mapping.get(config.model_type, ())
+        names += [entry] if isinstance(entry, str) else list(entry)
+    model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    if model_class is None:
+        asked = f"inferring the family {config.model_type!r}"
+        raise GrowError(asked, "transformers has no model class for it", "the class itself: infer(config, model_class)")
+    return model_class
+
+
 def _model_class(asked: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
     names = config.architectures or []
-    found = getattr(transformers, names[0], None) if names else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    model_class = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         wrong = f"config.json names the architecture {names[0]!r}" if names else "config.json names no architecture"
         raise GrowError(asked, wrong, "a class of transformers, or the loaded model itself")
-    return found
+    return model_class
 
 
 def _first_line(error: Exception) -> str:
@@ -95,7 +139,7 @@ def skeleton(model: PreTrainedModel) -> Skeleton:
     shapes |= {n: tuple(b.shape) for n, b in model.named_buffers() if n in model.state_dict()}
     prefix = model.base_model_prefix + "." if model.base_model is not model else ""
     aliases = frozenset(name.removeprefix(prefix) for name in model.state_dict() if name not in shapes)
-    return Skeleton(model.config, shapes, aliases, prefix)
+    return Skeleton(type(model).__name__, model.config, shapes, aliases, prefix)
 
 
 def skeleton_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Skeleton:
@@ -108,15 +152,15 @@ def skeleton_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
         raise GrowError(asked, _first_line(error), "sizes that the class can be built with") from error
 
 
-def class_like(model: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class for a model's task that goes with a config. Raises GrowError where transformers has none."""
-    if config.model_type == model.config.model_type:
-        return type(model)
+def class_like(model_class: type[PreTrainedModel], model_type: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class for the same task that goes with another config. Raises GrowError where transformers has none."""
+    if config.model_type == model_type:
+        return model_class
     tasks = [mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
-    found = [m.get(config.model_type) for m in tasks if m.get(model.config.model_type) == type(model).__name__]
-    name = next((name for name in found if isinstance(name, str)), None)
+    named = [mapping.get(config.model_type) for mapping in tasks if mapping.get(model_type) == model_class.__name__]
+    name = next((name for name in named if isinstance(name, str)), None)
     if name is None:
-        asked = f"growing a {type(model).__name__} into a {config.model_type} model"
+        asked = f"growing a {model_class.__name__} into a {config.model_type} model"
         raise GrowError(asked, "transformers has no such class for its task", "the causal language models of both")
     return getattr(transformers, name)
 

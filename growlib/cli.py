@@ -1,47 +1,50 @@
-"""The command line: growlib expand | plan | verify | methods | families | cache."""
+"""The command line: growlib expand | plan | verify | methods | families | cache. What they do: commands.py."""
 
 import argparse
 import difflib
-import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
-from itertools import chain
-from pathlib import Path
-from typing import Any
+from importlib.metadata import version
+from typing import Any, NoReturn
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging as transformers_logging
-
-from growlib import checkpoint
 from growlib.errors import GrowError
-from growlib.expand import expand, plan
-from growlib.families import families, family
-from growlib.families.inference import heard
-from growlib.families.schema import layout_text
-from growlib.methods import methods
-from growlib.verify import verify
 
-# What stands beside the weights in a checkpoint folder and describes the text, not the architecture.
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-)
+EXAMPLES = """examples:
+  growlib plan small/ --scale width=2 depth=1.5
+  growlib expand small/ big/ --set hidden_size=1024 --set num_hidden_layers=24 --exact
+  growlib verify small/ big/
+"""
 
 
-def main(arguments: list[str] | None = None) -> int:
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that knows what was meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        known += [str(name) for action in self._actions for name in action.choices or ()]
+        quoted = message.partition("invalid choice: ")[2].partition("'")[2].partition("'")[0]
+        for word in [quoted] if quoted else message.partition("unrecognized arguments: ")[2].split():
+            close = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+            message = f"{word!r} is not known" + (f"; did you mean {close[0]!r}?" if close else "")
+            break
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 1 where a verification fails, or 2 for a request that growlib refuses."""
     parser = _parser()
-    options = parser.parse_args(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    from growlib import commands  # torch and transformers, which `--help` need not wait for
+
     try:
-        return options.run(options)
+        return getattr(commands, options.run)(options)
     except GrowError as error:
         print(f"growlib: {error}", file=sys.stderr)
         return 2
@@ -50,187 +53,79 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="growlib", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, text in (
-        ("expand", _expand, "grow a checkpoint into a larger one"),
-        ("plan", _plan, "show what a growth would do, without running it"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
-        command.add_argument("source", help="a folder or a hub id")
-        if name == "expand":
-            command.add_argument("destination", help="a folder that does not exist yet")
-            command.add_argument("--exact", action="store_true", help="refuse what does not preserve the function")
-        command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the config")
-        command.add_argument("--config", help="a folder with the target's config.json, instead of --set")
-        command.add_argument("--method", default="lossless", help="see growlib methods (default: %(default)s)")
-        command.add_argument("--seed", type=int, default=0)
+def _parser() -> Parser:
+    parser = Parser(
+        prog="growlib",
+        description="Start a large language model from a small one.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"growlib {version('growlib')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    command = _command(commands, "expand", "grow a checkpoint into a larger one")
+    command.add_argument("source", help="a folder or a hub id")
+    command.add_argument("destination", help="a folder that does not exist yet")
+    _growth_options(command)
+    command.add_argument("--dtype", help="of the result, such as bfloat16 (default: the source's)")
+    command = _command(commands, "plan", "show what a growth would do, without weights and without running it")
+    command.add_argument("source", help="a folder (a config.json alone will do) or a hub id")
+    _growth_options(command)
     command.add_argument("--json", action="store_true", help="print the plan as JSON")
-    command = commands.add_parser("verify", help="compare a source and its grown model on random tokens")
-    command.add_argument("source")
-    command.add_argument("grown")
-    command.set_defaults(run=_verify)
-    commands.add_parser("methods", help="the growth methods").set_defaults(run=_methods)
-    command = commands.add_parser("families", help="the model types with a table, and the inference of others")
-    command.add_argument("--check", metavar="TYPE", help="infer the table of a model type and show the verdict")
-    command.set_defaults(run=_families)
-    _cache_parser(commands)
+    command.add_argument("--save", metavar="FILE", help="write the plan for `growlib expand --plan` or GrowthPlan.load")
+    command = _command(commands, "verify", "compare what a source and its grown model compute, on random inputs")
+    command.add_argument("source", help="the small model: a folder or a hub id")
+    command.add_argument("grown", help="the grown model: a folder or a hub id")
+    command = _command(commands, "methods", "the growth methods")
+    command.add_argument("--bibtex", action="store_true", help="their sources as BibTeX")
+    command = _command(commands, "families", "the model types with a table, and the inference of others")
+    command.add_argument("--check", metavar="TYPE", help="show the table of a model type and what is proven of it")
+    command.add_argument("--table", metavar="PATH", help="read a table of your own, or a folder of them, before")
+    _cache_options(_command(commands, "cache", "write what a teacher says about a dataset, or verify what was written"))
     return parser
 
 
-def _cache_parser(commands: Any) -> None:
-    text = "run a teacher over a dataset once and keep what it says, or verify what was kept"
-    command = commands.add_parser(
-        "cache",
-        help=text,
-        description=text,
-        usage="growlib cache TEACHER DATA FOLDER [options] | growlib cache verify FOLDER [TEACHER DATA]",
+def _command(commands: Any, name: str, text: str) -> Parser:
+    command: Parser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=name, parser=command)
+    return command
+
+
+def _growth_options(command: Parser) -> None:
+    target = command.add_argument_group("the target, in one or several of these ways")
+    target.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the config, such as hidden_size=1024",
     )
+    target.add_argument(
+        "--scale",
+        nargs="+",
+        default=[],
+        metavar="PART=FACTOR",
+        help="width=2 (hidden, FFN, heads, KV heads), depth=1.5",
+    )
+    target.add_argument("--config", metavar="FOLDER", help="a folder with the target's config.json, instead")
+    target.add_argument("--plan", metavar="FILE", help="a plan that `growlib plan --save` wrote, instead")
+    command.add_argument(
+        "--method", help="see `growlib methods`; WIDTH+DEPTH, or module:attribute of your own (default: lossless)"
+    )
+    command.add_argument("--seed", type=int, help="decides every free value (default: 0)")
+    command.add_argument("--exact", action="store_true", help="refuse what does not preserve the function")
+    command.add_argument("--table", metavar="PATH", help="a table of your own for the model type: MODEL_TYPE.toml")
+
+
+def _cache_options(command: Parser) -> None:
+    command.usage = "growlib cache TEACHER DATA FOLDER [options] | growlib cache verify FOLDER [TEACHER DATA]"
     command.add_argument("arguments", nargs="+", help="DATA: a .npy array of token ids, a .jsonl file, or text")
     command.add_argument("--top-k", type=int, default=16, help="exact tokens per position (default: %(default)s)")
     command.add_argument("--samples", type=int, default=12, help="draws per position (default: %(default)s)")
-    command.add_argument("--temperature", type=float, default=1.0)
-    command.add_argument("--seed", type=int, default=0, help="of the draws")
+    command.add_argument("--temperature", type=float, default=1.0, help="of the softmax (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     command.add_argument("--length", type=int, default=512, help="tokens of a block of text (default: %(default)s)")
-    command.add_argument("--batch-size", type=int, default=8)
-    command.add_argument("--held-out", help="data on which the teacher's own loss is measured")
-    command.set_defaults(run=_cache)
-
-
-def _target(options: argparse.Namespace) -> str | dict[str, Any]:
-    if bool(options.config) == bool(options.set):
-        raise GrowError("reading the target", "name it once", "either --set FIELD=VALUE ... or --config FOLDER")
-    return options.config or dict(_setting(text) for text in options.set)
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    field, equals, value = text.partition("=")
-    if not (field and equals and value):
-        raise GrowError(f"--set {text}", "it is not FIELD=VALUE", "such as --set hidden_size=1024")
-    try:
-        return field, json.loads(value)
-    except json.JSONDecodeError:
-        return field, value
-
-
-def _expand(options: argparse.Namespace) -> int:
-    with checkpoint.new_folder(options.destination) as folder:
-        source = checkpoint.load(options.source)
-        growth = plan(source, _target(options), options.method, seed=options.seed)
-        grown = expand(source, growth.config, options.method, seed=options.seed, exact=True if options.exact else None)
-        grown.save_pretrained(folder)
-        (folder / "growlib.json").write_text(json.dumps({"source": options.source, **growth.to_dict()}))
-        for pattern in TOKENIZER_FILES:
-            for path in Path(options.source).glob(pattern):
-                shutil.copy2(path, folder)
-        measured = verify(source, grown)
-    count = sum(parameter.numel() for parameter in grown.parameters())
-    print(f"{options.destination}: {count:,} parameters, {measured}")
-    return 0
-
-
-def _plan(options: argparse.Namespace) -> int:
-    growth = plan(options.source, _target(options), options.method, seed=options.seed)
-    print(json.dumps(growth.to_dict()) if options.json else growth)
-    return 0
-
-
-def _verify(options: argparse.Namespace) -> int:
-    measured = verify(options.source, options.grown)
-    print(measured)
-    return 0 if measured.exact else 1
-
-
-def _methods(options: argparse.Namespace) -> int:
-    rows = [("method", "width", "depth", "exact", "source")]
-    rows += [(m.name, "yes" if m.width else "-", "yes" if m.depth else "-", m.exact, m.source) for m in methods()]
-    print(_table(rows))
-    return 0
-
-
-def _check(model_type: str) -> int:
-    if model_type not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=5) or ["llama"]
-        raise GrowError(f"--check {model_type}", "transformers has no such model type", ", ".join(close))
-    table = heard(CONFIG_MAPPING[model_type]())
-    print(_table([("axis", "size", "meets"), *((n, a.size, a.meets or "never grows") for n, a in table.axes.items())]))
-    print()
-    print(_table([("tensor", "layout"), *((row, layout_text(layout)) for row, layout in table.tensors.items())]))
-    print()
-    for stack in table.stacks:
-        print(f"{stack.layers} blocks {stack.block}  without {', '.join(stack.writers)} they are the identity")
-    print()
-    if table.candidates:
-        print(_table([("candidate", "verdict"), *((name, why or "exact") for name, why in table.candidates)]))
-    else:
-        print("a curated table: no candidates")
-    print()
-    print(_table([("growth", "verdict"), *((name, why or "exact") for name, why in (table.proven or {}).items())]))
-    return 0
-
-
-def _families(options: argparse.Namespace) -> int:
-    if options.check:
-        return _check(options.check)
-    rows = [("family", "axes that grow")]
-    for name in families():
-        axes = [axis for axis, facts in family(name).axes.items() if facts.meets]
-        rows.append((name, ", ".join([*axes, *dict.fromkeys(stack.layers for stack in family(name).stacks)])))
-    print(_table(rows))
-    return 0
-
-
-def _cache(options: argparse.Namespace) -> int:
-    # Here, because it imports the Trainer, which the other commands do not need.
-    from growlib.ki.cache import cache_teacher, verify_cache
-    from growlib.ki.cache.data import padded, read_examples
-    from growlib.ki.heads import head_of
-    from growlib.ki.teacher import tokenizer_at
-
-    words = options.arguments
-    verifying = words[0] == "verify"
-    if len(words) not in ((2, 4) if verifying else (3,)):
-        valid = "growlib cache TEACHER DATA FOLDER, or growlib cache verify FOLDER [TEACHER DATA]"
-        raise GrowError("growlib cache " + " ".join(words), f"these are {len(words)} arguments", valid)
-    teacher, data = words[2:] or ("", "") if verifying else words[:2]
-    tokenizer = tokenizer_at(teacher) if teacher else None
-    dataset = read_examples(data, tokenizer, options.length) if data else None
-    if verifying:
-        found = verify_cache(words[1], teacher or None, dataset, tokenizer=tokenizer, data_collator=padded)
-        print(found)
-        return 0 if found.sound else 1
-    held_out = read_examples(options.held_out, tokenizer, options.length) if options.held_out else None
-    model = checkpoint.load(teacher)
-    head, rows = head_of(model), chain(dataset or (), held_out or ())
-    if head != "causal" and any(row["labels"] is row["input_ids"] for row in rows):
-        wrong = f"there are no labels, and for a {head} model the tokens are none"
-        raise GrowError(f"growlib cache {' '.join(words)}", wrong, "a .jsonl with labels; growlib.ki.MaskedExamples")
-    cache = cache_teacher(
-        model,
-        dataset,
-        words[2],
-        top_k=options.top_k,
-        samples=options.samples,
-        temperature=options.temperature,
-        seed=options.seed,
-        tokenizer=tokenizer,
-        data_collator=padded,
-        held_out=held_out,
-        batch_size=options.batch_size,
-    )
-    each = cache.bytes_on_disk / max(cache.positions, 1)
-    print(f"{words[2]}: {len(cache):,} examples, {cache.positions:,} positions of {each:.1f} bytes on disk")
-    print(f"the teacher's loss there: {cache.teacher_ce:.4f}")
-    return 0
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    command.add_argument("--batch-size", type=int, default=8, help="examples at once (default: %(default)s)")
+    command.add_argument("--held-out", metavar="DATA", help="data on which the teacher's own loss is measured")
 
 
 if __name__ == "__main__":

@@ -5,39 +5,34 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from growlib.axes import LayerMap
-from growlib.families.schema import Family, growth_name
-
-# Config fields that do not change what a model computes in eval mode (dropout aside, see `_config_reasons`).
-_NEUTRAL_FIELDS = {
-    *("_name_or_path", "architectures", "dtype", "transformers_version", "problem_type", "id2label", "label2id"),
-    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
-    "stage_names",
-    *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "pretraining_tp", "tie_word_embeddings"),
-}
+from growlib.architectures.schema import EVERYTHING, EXACT, Architecture, Growth, Verdict
+from growlib.config import NO_FUNCTION
+from growlib.maps import LayerMap
 
 
-def of_family(
-    family: Family,
+def of_architecture(
+    table: Architecture,
     old: Mapping[str, int],
     new: Mapping[str, int],
     grows: set[str],
     source: PreTrainedConfig,
     target: PreTrainedConfig,
 ) -> list[str]:
-    """What the family says against a growth: its conditions, and growths of an inferred table without a proof."""
+    """What the table says against a growth: its conditions, and growths of an inferred table without a proof."""
     reasons = [
-        f"{c.field}={c.value(target)!r}: {c.why}" for c in family.conditions if c.grows in grows and not c.holds(target)
+        f"{c.field}={c.value(target)!r}: {c.why}" for c in table.conditions if c.grows in grows and not c.holds(target)
     ]
-    if not family.proven:  # a table that tests hold, or one that the judge is hearing
+    if not table.proven:  # a table that tests hold, or one that is being verified
         return reasons
-    names = {name: growth_name(name, old[name], new[name]) if name in family.axes else name for name in grows}
-    wrong = {name: family.proven.get(growth, "it was not tried") for name, growth in names.items()}
-    sizes = family.size_fields() - family.follows.keys()
+    kinds = {n: Growth.of(n, old[n], new[n]) if n in table.axes else Growth(n, "deeper") for n in sorted(grows)}
+    tried = {name: table.proven.get(kind, Verdict("refused", "it was not tried")) for name, kind in kinds.items()}
+    sizes = table.size_fields() - table.follows.keys()
     if sum(getattr(source, field, None) != getattr(target, field, None) for field in sizes) > 1:
-        wrong["several sizes at once"] = family.proven.get("together", "")
+        tried["several sizes at once"] = table.proven.get(EVERYTHING, EXACT)
     return reasons + [
-        f"growth of {name} is not proven for {family.model_type}: {why}" for name, why in wrong.items() if why
+        f"growth of {name} is not proven for {table.model_type}: {verdict.why}"
+        for name, verdict in tried.items()
+        if not verdict.exact
     ]
 
 
@@ -52,10 +47,10 @@ def _follows_layers(old: Any, new: Any, stack: LayerMap) -> bool:
 
 
 def of_config(
-    family: Family, layers: Mapping[str, LayerMap], source: PreTrainedConfig, target: PreTrainedConfig
+    table: Architecture, layers: Mapping[str, LayerMap], source: PreTrainedConfig, target: PreTrainedConfig
 ) -> list[str]:
     before, after = source.to_dict(), target.to_dict()
-    known = _NEUTRAL_FIELDS | family.size_fields() | family.free_fields
+    known = NO_FUNCTION | table.size_fields() | table.free_fields
     known |= {key for key in before for stack in layers.values() if _follows_layers(before[key], after.get(key), stack)}
     return [
         f"{key} changes from {before.get(key)!r} to {after.get(key)!r}, which changes the function"

@@ -34,7 +34,7 @@ from base.report import as_markdown, as_text, draw_curves, mean_and_deviation, s
 from base.setting import Setting
 from base.store import open_folder, write_json, write_text
 from growlib import GrowError
-from growlib.methods import method
+from growlib.operators import method
 
 SCRATCH = "scratch"
 MOMENTS = ("start", "lag", "end")

@@ -1,4 +1,4 @@
-"""A large model of one domain meets another, of which a small model knows more: with plenty of text and with little.
+"""A large model of one domain role another, of which a small model knows more: with plenty of text and with little.
 
     python recipes/domain_adaptation.py --seeds 3            # 2 CPU cores: the demo preset's sizes, 39 trainings a seed
     python recipes/domain_adaptation.py --preset miniature   # seconds, for CI; its numbers mean nothing

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tiny import tiny, token_ids
 
 import growlib
-from growlib.methods import Method, gopher, interleave, llama_pro, method, midas, solar
+from growlib.operators import Method, gopher, interleave, llama_pro, method, midas, solar
 
 RELATIVE = 1e-5
-DEPTHS = [row.name for row in growlib.methods() if row.depth and not (row.resets or row.learned)]
+DEPTHS = [row.name for row in growlib.methods() if row.depth and not (row.reset or row.learned)]
 FIELD = {"llama": "num_hidden_layers", "gpt2": "n_layer", "bert": "num_hidden_layers"}
 LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer"}
 WRITERS = {

@@ -14,14 +14,15 @@ from tiny import randomise, token_ids
 from unknown import LoomConfig, LoomForCausalLM
 
 import growlib
+from growlib import inference
+from growlib.architectures import table_of
+from growlib.architectures.schema import Growth, from_table, to_table
 from growlib.errors import GrowError
-from growlib.families import family, inference
-from growlib.families.inference import report
-from growlib.families.inference.judge import verdicts
-from growlib.families.inference.tiny import tiny_config, tiny_model
-from growlib.families.schema import from_table, layout_text, to_table
+from growlib.inference import infer, report
+from growlib.inference.tiny import tiny_config, tiny_model
+from growlib.inference.verifier import verdicts
+from growlib.layouts import layout_text
 
-infer = growlib.families.infer
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 SPINE = {"llama": T.LlamaForCausalLM, "gpt2": T.GPT2LMHeadModel, "bert": T.BertForPreTraining}
 
@@ -49,7 +50,7 @@ def error(small, big, **inputs):
 def test_the_tables_of_the_spine_come_out(model_type):
     model_class = SPINE[model_type]
     options = {"num_key_value_heads": 8} if model_type == "llama" else {}
-    table, found = family(model_type), infer(model_class.config_class(**options), model_class)
+    table, found = table_of(model_type), infer(model_class.config_class(**options), model_class)
     rows = {name: layout_text(layout) for name, layout in found.tensors.items()}
     assert rows == {name: layout_text(table.tensors[name]) for name in rows}
     # A switch that the table names is on here: the inference knows one position of it.
@@ -65,26 +66,26 @@ def test_a_switch_is_seen_where_it_stands():
 
 
 @pytest.mark.parametrize("model_type", SPINE)
-def test_the_judge_hears_the_tables_of_the_spine_too(model_type):
+def test_the_tables_of_the_spine_are_verified_too(model_type):
     model_class = SPINE[model_type]
     model = tiny_model(model_class, tiny_config(model_class.config_class(), model_class))
-    wrong = {name for name, why in verdicts(family(model_type), model).items() if why}
+    wrong = {growth for growth, verdict in verdicts(table_of(model_type), model).items() if not verdict.exact}
     fractions = {
         "llama": {"query", "key", "value"},
         "bert": {"hidden", "heads", "query", "key", "value"},
         "gpt2": set(),
     }
-    assert wrong <= {f"{axis} x1.5" for axis in fractions[model_type]}
+    assert wrong <= {Growth(axis, "x1.5") for axis in fractions[model_type]}
 
 
-def test_the_judge_refuses_a_wrong_table():
+def test_a_wrong_table_is_not_proven():
     model_class = T.LlamaForCausalLM
     model = tiny_model(model_class, tiny_config(T.LlamaConfig(), model_class))
-    table = family("llama")
-    axes = {**table.axes, "query": replace(table.axes["query"], meets="query")}
-    assert verdicts(replace(table, axes=axes), model)["query x2"]
-    axes = {**table.axes, "hidden": replace(table.axes["hidden"], meets="elementwise")}
-    assert verdicts(replace(table, axes=axes), model)["hidden x1.5"]
+    table = table_of("llama")
+    axes = {**table.axes, "query": replace(table.axes["query"], role="query")}
+    assert verdicts(replace(table, axes=axes), model)["query", "x2"].kind == "inexact"
+    axes = {**table.axes, "hidden": replace(table.axes["hidden"], role="elementwise")}
+    assert verdicts(replace(table, axes=axes), model)["hidden", "x1.5"].kind == "inexact"
 
 
 @given(st.integers(1, 3), st.integers(0, 3), st.integers(0, 60), st.integers(0, 3))
@@ -118,7 +119,7 @@ CAUSAL = {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id"
 SHAPE = {"hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 3}
 GQA = {"num_attention_heads": 6, "num_key_value_heads": 2}
 WIDER = {"hidden_size": 54, "intermediate_size": 77, "num_attention_heads": 9, "num_key_value_heads": 3}
-CASES = {  # sizes that the judge never sees
+CASES = {  # sizes that the verifier never sees
     "qwen3": (
         T.Qwen3ForCausalLM,
         {**CAUSAL, **SHAPE, **GQA, "head_dim": 10},
@@ -297,18 +298,18 @@ def test_a_config_field_that_nobody_understands_is_named():
 
 def test_a_verdict_is_kept_and_a_broken_one_found_again(tmp_path, monkeypatch):
     monkeypatch.setenv("GROWLIB_CACHE", str(tmp_path / "new"))
-    monkeypatch.setattr(inference, "_known", {})
+    monkeypatch.setattr(inference, "_inferred", {})
     first = infer(T.OlmoConfig())
     (kept,) = (tmp_path / "new").iterdir()
-    monkeypatch.setattr(inference, "_known", {})
+    monkeypatch.setattr(inference, "_inferred", {})
     monkeypatch.setattr(inference, "examine", None)  # not called a second time
     assert to_table(infer(T.OlmoConfig())) == to_table(first)
     monkeypatch.undo()
     monkeypatch.setenv("GROWLIB_CACHE", str(tmp_path / "new"))
-    monkeypatch.setattr(inference, "_known", {})
+    monkeypatch.setattr(inference, "_inferred", {})
     kept.write_text("{")
     assert to_table(infer(T.OlmoConfig())) == to_table(first)
-    assert json.loads(kept.read_text())["proven"] == first.proven
+    assert json.loads(kept.read_text())["proven"] == to_table(first)["proven"]
 
 
 def test_a_table_survives_being_written():
@@ -329,14 +330,14 @@ def page():
 
 def test_the_page_holds_the_floor():
     rows = page().values()
-    count = {column: sum(row[column] == "exact" for row in rows) for column in ("depth", "hidden ×2", "hidden ×1.5")}
+    count = {column: sum(row[column] == "●" for row in rows) for column in ("depth", "hidden ×2", "hidden ×1.5")}
     assert count["depth"] >= 100
     assert count["hidden ×2"] >= 80
     assert count["hidden ×1.5"] >= 60
 
 
 def reproved(name):
-    return {growth: report.word(why) for growth, why in report.verdicts(report.judged(name)).items()}
+    return {growth: report.mark(verdict) for growth, verdict in report.verdicts(report.proven(name)).items()}
 
 
 @pytest.mark.parametrize("name", sorted(page())[::20] if PAGE.exists() else [])

@@ -14,14 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import growlib
 from growlib import GrowError, checkpoint
-from growlib.expand import plan_of
-from growlib.families import family_of
-from growlib.learn import _loss_through, _to_factors
-from growlib.methods import ligo, method
+from growlib.architectures import architecture_of
+from growlib.growth import plan_of
+from growlib.learning import _loss_through, _to_factors
+from growlib.operators import ligo, method
 
 
 def _family_and_rows(small, plan):
-    family = family_of(small.config, type(small))
+    family = architecture_of(small.config, type(small))
     return family, ligo.rows(plan, family, checkpoint.skeleton(small))
 
 
@@ -57,7 +57,7 @@ def grown_by(factors, rows):
 
 def mix(factors, rows, name):
     """w of the row that has a tensor."""
-    return next(factors.depth[row].detach().numpy() for row in rows if name in {e.name for e in row.entries})
+    return next(factors.depth[row].detach().numpy() for row in rows if name in {e.name for e in row.grown})
 
 
 def test_llama_against_dense_matrices():
@@ -115,7 +115,7 @@ def test_it_starts_at_the_identity_beside_small_new_rows(family):
     plan = growlib.plan(small, GROWTHS[family], "ligo")
     assert not plan.exact
     factors, rows = factors_of(small, GROWTHS[family])
-    fresh = ligo.Factors(plan, family_of(small.config, type(small)), rows, factors.tensors)
+    fresh = ligo.Factors(plan, architecture_of(small.config, type(small)), rows, factors.tensors)
     for (axis, _), matrix in fresh.width.items():
         source = plan.maps[axis].source
         assert sorted(source[source >= 0]) == list(range(plan.old_sizes[axis]))
@@ -135,7 +135,7 @@ def test_new_blocks_can_start_silent():
     assert growlib.verify(small, big).exact  # no width grows, so that only w has to be right
     plan = growlib.plan(small, {"num_hidden_layers": 4}, "ligo+lossless")
     factors = ligo.Factors(plan, *_family_and_rows(small, plan), dict(small.state_dict()))
-    zero = {row.entries[0].name.split(".")[-2] for row, w in factors.depth.items() if (w[1] == 0).all()}
+    zero = {row.grown[0].name.split(".")[-2] for row, w in factors.depth.items() if (w[1] == 0).all()}
     assert zero == {"o_proj", "down_proj"}
 
 

@@ -51,7 +51,7 @@ def test_copies_drift_apart_in_every_matrix(family, growth, optimizer):
     plan, big = growlib.plan(small, growth), growlib.expand(small, growth)
     train(big, optimizer(big.parameters(), lr=1e-3 if optimizer is torch.optim.AdamW else 0.1), steps=5)
     parameters, checked = dict(big.named_parameters()), 0
-    for entry in plan.entries:
+    for entry in plan.tensors:
         grown = [a for a, m in plan.maps.items() if not m.is_identity and len(entry.new_shape) > 1]
         for axis in set(grown) - {"vocab", "positions", "types"}:
             for rows in along(parameters[entry.name].detach().double(), entry, axis, plan.new_sizes):

@@ -8,7 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import growlib
-from growlib.methods import method
+from growlib.operators import method
 
 RELATIVE = 1e-5
 GROWTHS = {
@@ -43,7 +43,7 @@ CASES = [(name, *column, claim) for name, row in CLAIMS.items() for column, clai
 
 
 def test_the_table_has_every_width_method():
-    assert set(CLAIMS) == {row.name for row in growlib.methods() if row.width and not (row.resets or row.learned)}
+    assert set(CLAIMS) == {row.name for row in growlib.methods() if row.width and not (row.reset or row.learned)}
 
 
 @pytest.mark.parametrize(("name", "family", "size", "claim"), CASES)

@@ -9,7 +9,7 @@ from test_width import CLAIMS, GROWTHS
 from tiny import tiny
 
 import growlib
-from growlib.methods import Method, hypercloning, lemon, net2net, sparkling
+from growlib.operators import Method, hypercloning, lemon, net2net, sparkling
 
 # Formulas: E (N x n) is what writers put on an axis, C (n x N) what readers take from it.
 

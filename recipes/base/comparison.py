@@ -21,7 +21,7 @@ from base.models import MODELS, build_config, model_row, size_fields
 from base.setting import Setting
 from base.training import evaluate, train
 from growlib import GrowError, GrowthPlan, KIConfig, checkpoint
-from growlib.methods import method
+from growlib.operators import method
 
 Target = str | Mapping[str, Any] | None
 

@@ -1,0 +1,7 @@
+"""`python -m growlib`."""
+
+import sys
+
+from growlib.cli import main
+
+sys.exit(main())

@@ -1,0 +1,205 @@
+"""What the commands do. They print tables of at most 100 columns."""
+
+import argparse
+import difflib
+import json
+import shutil
+import textwrap
+from collections.abc import Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from growlib import checkpoint, operators
+from growlib.architectures import families as known_families
+from growlib.architectures import table_of
+from growlib.config import scaled
+from growlib.costs import cost_table, sizes_that_stay
+from growlib.errors import GrowError
+from growlib.growth import expand as grow
+from growlib.growth import plan as decide
+from growlib.growth_plan import GrowthPlan
+from growlib.inference import architecture_of, verified
+from growlib.layouts import layout_text
+from growlib.papers import bibtex
+from growlib.verification import verify as compare
+
+WIDTH, NARROW = 100, 16  # columns of a table, and those that each of its columns may keep
+# What stands beside the weights in a checkpoint folder and describes the text, not the architecture.
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "chat_template*")
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+def expand(options: argparse.Namespace) -> int:
+    with checkpoint.new_folder(options.destination) as folder:
+        growth, exact = _plan(options), True if options.exact else None
+        source = checkpoint.load(options.source)
+        grown = grow(source, growth, growth.method, seed=growth.seed, exact=exact, dtype=options.dtype)
+        grown.save_pretrained(folder)
+        growth.save(folder)
+        for pattern in TOKENIZER_FILES:
+            for path in Path(options.source).glob(pattern):
+                shutil.copy2(path, folder)
+        measured = compare(source, grown)
+    count = sum(parameter.numel() for parameter in grown.parameters())
+    print(f"{options.destination}: {count:,} parameters, {measured}")
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    growth = _plan(options)
+    if growth.reasons and options.exact:
+        asked = f"planning to grow {growth.source.model_type} with method {growth.method!r} and --exact"
+        raise GrowError(asked, "; ".join(growth.reasons), "another target, or no --exact for the closest growth")
+    if options.save:
+        growth.save(options.save)
+    if options.json:
+        print(json.dumps(growth.to_dict()))
+        return 0
+    print(growth)
+    stays = ", ".join(f"{field}={size}" for field, size in sizes_that_stay(growth).items())
+    print("\n" + textwrap.fill(f"sizes that stay: {stays or 'none'}", WIDTH, subsequent_indent="  "))
+    print("\n" + _table(cost_table(growth)))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> GrowthPlan:
+    """The plan that the options name or describe."""
+    if options.table:
+        known_families(options.table)
+    ways = [bool(options.set or options.scale), bool(options.config), bool(options.plan)]
+    if sum(ways) != 1:
+        valid = "--set FIELD=VALUE and --scale PART=FACTOR, or --config FOLDER, or --plan FILE"
+        raise GrowError("reading the target", "it is named " + ("twice" if any(ways) else "nowhere"), valid)
+    if options.plan:
+        if options.method or options.seed is not None:
+            raise GrowError(f"--plan {options.plan}", "it says method and seed by itself", "--plan alone")
+        return GrowthPlan.load(options.plan)
+    method, seed = options.method or "lossless", options.seed or 0
+    if options.config:
+        return decide(options.source, options.config, method, seed=seed)
+    target: dict[str, Any] = dict(_setting("--set", text) for text in options.set)
+    if options.scale:
+        model_class, skeleton = checkpoint.describe(options.source)
+        factors = dict(_setting("--scale", text) for text in options.scale)
+        target = scaled(skeleton.config, architecture_of(skeleton.config, model_class), factors) | target
+    return decide(options.source, target, method, seed=seed)
+
+
+def _setting(option: str, text: str) -> tuple[str, Any]:
+    field, equals, value = text.partition("=")
+    if not (field and equals and value):
+        example = "--set hidden_size=1024" if option == "--set" else "--scale width=2 depth=1.5"
+        raise GrowError(f"{option} {text}", "it is not NAME=VALUE", f"such as {example}")
+    try:
+        return field, json.loads(value)
+    except json.JSONDecodeError:
+        return field, value
+
+
+def verify(options: argparse.Namespace) -> int:
+    measured = compare(options.source, options.grown)
+    print(measured)
+    return 0 if measured.exact else 1
+
+
+def methods(options: argparse.Namespace) -> int:
+    rows = operators.methods()
+    if options.bibtex:
+        print(bibtex(paper for row in rows for paper in row.papers))
+        return 0
+    shown = [("method", "width", "depth", "exact", "source")]
+    shown += [(m.name, "yes" if m.width else "-", "yes" if m.depth else "-", m.exact, m.source) for m in rows]
+    print(_table(shown))
+    return 0
+
+
+def families(options: argparse.Namespace) -> int:
+    names = known_families(options.table)
+    if options.check:
+        return _check(options.check)
+    rows = [("family", "axes that grow")]
+    for name in names:
+        table = table_of(name)
+        axes = [axis for axis, facts in table.axes.items() if facts.role]
+        rows.append((name, ", ".join([*axes, *dict.fromkeys(stack.layers for stack in table.stacks)])))
+    print(_table(rows))
+    return 0
+
+
+def _check(model_type: str) -> int:
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=5) or ["llama"]
+        raise GrowError(f"--check {model_type}", "transformers has no such model type", ", ".join(close))
+    table = verified(CONFIG_MAPPING[model_type]())
+    print(_table([("axis", "size", "role"), *((n, a.size, a.role or "never grows") for n, a in table.axes.items())]))
+    print("\n" + _table([("tensor", "layout"), *((row, layout_text(layout)) for row, layout in table.tensors.items())]))
+    for stack in table.stacks:
+        print(f"\n{stack.layers} blocks {stack.block}  without {', '.join(stack.writers)} they are the identity")
+    tried = [(name, verdict.why or verdict.kind) for name, verdict in table.candidates]
+    print("\n" + (_table([("candidate", "verdict"), *tried]) if tried else "a curated table: no candidates"))
+    proven = [(str(growth), verdict.why or verdict.kind) for growth, verdict in (table.proven or {}).items()]
+    print("\n" + _table([("growth", "verdict"), *proven]))
+    return 0
+
+
+def cache(options: argparse.Namespace) -> int:
+    # Here, because it imports the Trainer, which the other commands do not need.
+    from growlib.ki.cache import cache_teacher, verify_cache
+    from growlib.ki.cache.data import padded, read_examples
+    from growlib.ki.heads import head_of
+    from growlib.ki.teacher import tokenizer_at
+
+    words = options.arguments
+    verifying = words[0] == "verify"
+    if len(words) not in ((2, 4) if verifying else (3,)):
+        valid = "growlib cache TEACHER DATA FOLDER, or growlib cache verify FOLDER [TEACHER DATA]"
+        raise GrowError("growlib cache " + " ".join(words), f"these are {len(words)} arguments", valid)
+    teacher, data = words[2:] or ("", "") if verifying else words[:2]
+    tokenizer = tokenizer_at(teacher) if teacher else None
+    dataset = read_examples(data, tokenizer, options.length) if data else None
+    if verifying:
+        measured = verify_cache(words[1], teacher or None, dataset, tokenizer=tokenizer, data_collator=padded)
+        print(measured)
+        return 0 if measured.sound else 1
+    held_out = read_examples(options.held_out, tokenizer, options.length) if options.held_out else None
+    model = checkpoint.load(teacher)
+    head, rows = head_of(model), chain(dataset or (), held_out or ())
+    if head != "causal" and any(row["labels"] is row["input_ids"] for row in rows):
+        wrong = f"there are no labels, and for a {head} model the tokens are none"
+        raise GrowError(f"growlib cache {' '.join(words)}", wrong, "a .jsonl with labels; growlib.ki.MaskedExamples")
+    written = cache_teacher(
+        model,
+        dataset,
+        words[2],
+        top_k=options.top_k,
+        samples=options.samples,
+        temperature=options.temperature,
+        seed=options.seed,
+        tokenizer=tokenizer,
+        data_collator=padded,
+        held_out=held_out,
+        batch_size=options.batch_size,
+    )
+    each = written.bytes_on_disk / max(written.positions, 1)
+    print(f"{words[2]}: {len(written):,} examples, {written.positions:,} positions of {each:.1f} bytes on disk")
+    print(f"the teacher's loss there: {written.teacher_ce:.4f}")
+    return 0
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in columns; what is too long for its column goes on below."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH and max(widths) > NARROW:
+        widths[widths.index(max(widths))] -= 1
+    lines = []
+    for row in rows:
+        cells = [textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widths, strict=True)]
+        for parts in zip_longest(*cells, fillvalue=""):
+            lines.append("  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
+    return "\n".join(lines)

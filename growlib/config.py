@@ -1,0 +1,200 @@
+"""The config of the grown model: what the user named, what stays, and what the table ties to it."""
+
+import copy
+import difflib
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import ceil, floor, gcd
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from growlib.architectures.schema import RESIDUAL, Architecture
+from growlib.errors import GrowError
+
+# What building or reading a config raises when its values make no sense.
+_INVALID = (StrictDataclassError, OSError, ValueError, TypeError, KeyError)
+
+# Fields that say whose config it is, and those that a config derives from its layers.
+OWN_FIELDS = frozenset({"model_type", "architectures", "transformers_version", "dtype", "_name_or_path"})
+DERIVED_FIELDS = frozenset({"stage_names", "out_features", "out_indices"})
+# Fields that do not change what a model computes in eval mode (dropout aside).
+NO_FUNCTION = OWN_FIELDS | {
+    *("problem_type", "id2label", "label2id", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+    *("chunk_size_feed_forward", "stage_names", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"),
+    *("pretraining_tp", "tie_word_embeddings"),
+}
+
+Target = PreTrainedConfig | Mapping[str, Any] | str | Path
+
+
+# (old number of layers, new number) -> the source layer of each new layer
+LayerSources = Callable[[int, int], Sequence[int]]
+
+
+def resolve(
+    source: PreTrainedConfig, target: Target, table: Architecture, layer_sources: LayerSources
+) -> PreTrainedConfig:
+    """The target's config, of the source's class or of a mixture of experts. The source's config stays as it is.
+
+    Per-layer lists that the target does not name (`layer_types`, ...) grow with the layers.
+
+    Raises GrowError for another model type, a field that the config does not have, and sizes that the
+    table forbids.
+    """
+    asked = f"growing {source.model_type} to {_describe(target)}"
+    if isinstance(target, PreTrainedConfig):
+        config = copy.deepcopy(target)
+    elif isinstance(target, Mapping) and target.get("model_type", source.model_type) != source.model_type:
+        config = _of_type(asked, source, target)
+    elif isinstance(target, Mapping):
+        config = _override(asked, source, target, table, layer_sources)
+    elif not isinstance(target, str | Path):
+        raise GrowError(asked, f"it is a {type(target).__name__}", "a config, a folder, or a dict of overrides")
+    else:
+        try:
+            config = AutoConfig.from_pretrained(target, trust_remote_code=False)
+        except _INVALID as error:
+            raise GrowError(asked, _cause(error), "a folder with a config.json") from error
+    if config.model_type != source.model_type:
+        if is_mixture(config):
+            return config
+        valid = f"a {source.model_type} config, or that of a mixture of experts"
+        raise GrowError(asked, f"the target is a {config.model_type} model", valid)
+    try:
+        table.sizes(config)
+    except (ValueError, ZeroDivisionError) as error:
+        raise GrowError(asked, str(error), "sizes that divide") from error
+    return config
+
+
+def scaled(source: PreTrainedConfig, table: Architecture, factors: Mapping[str, Any]) -> dict[str, int]:
+    """The overrides that scale a model: `width` scales hidden, FFN, heads and KV heads, `depth` the layers.
+
+    Raises GrowError for another part, a factor below 1, and factors that make no whole number.
+    """
+    wide = (*RESIDUAL, "elementwise", "query_heads", "key_heads")
+    words = {word for axis in table.axes.values() if axis.role in wide for word in re.findall(r"[a-z_]\w*", axis.size)}
+    parts = {"width": words & table.size_fields(), "depth": set(table.layer_counts(source))}
+    overrides: dict[str, int] = {}
+    for part, factor in factors.items():
+        asked = f"scaling {source.model_type} with {part}={factor!r}"
+        if part not in parts:
+            raise GrowError(asked, f"there is no part {part!r}", "width or depth")
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < float("inf"):
+            raise GrowError(asked, "it is no factor", "a number of at least 1, such as 1.5")
+        sizes = {field: size for field in sorted(parts[part]) if type(size := getattr(source, field, None)) is int}
+        odd = {field: size for field, size in sizes.items() if size * factor != int(size * factor)}
+        if odd:
+            common = gcd(*sizes.values())
+            near = sorted({floor(common * factor) / common, ceil(common * factor) / common} - {0.0})
+            wrong = ", ".join(f"{field}={size} would be {size * factor:g}" for field, size in odd.items())
+            raise GrowError(
+                asked, wrong, " or ".join(f"{part}={f:g}" for f in near if f >= 1) + ", or --set each field"
+            )
+        overrides |= {field: int(size * factor) for field, size in sizes.items()}
+    return overrides
+
+
+def is_mixture(config: PreTrainedConfig) -> bool:
+    """Whether a config says anything about experts."""
+    return any("expert" in field for field in config.to_dict())
+
+
+def lengthen(fields: dict[str, Any], old: int, layers: Sequence[int], named: Collection[str] = ()) -> None:
+    """Give each per-layer list of a config the entries of the source layers; those that are named stay."""
+    for key, value in fields.items():
+        if isinstance(value, list) and len(value) == old and key not in named:
+            fields[key] = [value[layer] for layer in layers]
+
+
+def _of_type(asked: str, source: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    """A config of another type that says what the source's says, save what is named."""
+    try:
+        default = AutoConfig.for_model(overrides["model_type"])
+    except _INVALID as error:
+        raise GrowError(asked, f"there is no model type {overrides['model_type']!r}", "one of transformers") from error
+    known = default.to_dict()
+    overrides = {default.attribute_map.get(key, key): value for key, value in overrides.items()}
+    unknown = [key for key in overrides if key not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known) or sorted(known)
+        raise GrowError(asked, f"a {overrides['model_type']} config has no field {unknown[0]!r}", ", ".join(close))
+    # A class may read a field that its config does not list, as Qwen3Moe reads head_dim.
+    fields = {key: value for key, value in source.to_dict().items() if key not in OWN_FIELDS and value is not None}
+    try:
+        return AutoConfig.for_model(**{**fields, **overrides})
+    except _INVALID as error:
+        raise GrowError(asked, _cause(error), f"a {overrides['model_type']} config that can be built") from error
+
+
+def _override(
+    asked: str,
+    source: PreTrainedConfig,
+    overrides: Mapping[str, Any],
+    table: Architecture,
+    layer_sources: LayerSources,
+) -> PreTrainedConfig:
+    fields = source.to_dict()
+    named = [source.attribute_map.get(key, key) for key in overrides]
+    for key, known in zip(overrides, named, strict=True):
+        if known not in fields:
+            close = difflib.get_close_matches(key, fields) or sorted(table.size_fields())
+            raise GrowError(asked, f"{type(source).__name__} has no field {key!r}", ", ".join(close))
+        fields[known] = overrides[key]
+    for heads, width in table.follows.items():
+        if width in named and heads not in named and isinstance(fields[width], int):
+            count, rest = divmod(fields[heads] * fields[width], getattr(source, width))
+            if rest == 0:
+                fields[heads] = count
+            elif width == table.axes["hidden"].size:
+                fields[heads] = _more_heads(asked, source, heads, width, fields[width])
+    for layers, old in table.layer_counts(source).items():
+        if type(fields[layers]) is int and fields[layers] > old:
+            lengthen(fields, old, layer_sources(old, fields[layers]), named)
+    try:
+        return type(source).from_dict(fields)
+    except _INVALID as error:
+        raise GrowError(asked, _cause(error), _valid_sizes(source, fields, named)) from error
+
+
+def _valid_sizes(source: PreTrainedConfig, fields: dict[str, Any], named: list[str]) -> str:
+    """For each size that was asked for, the next larger one with which the config can be built."""
+    valid = []
+    for key in named:
+        size, least = fields[key], getattr(source, key)
+        if type(least) is not int:
+            continue
+        first = max(size + 1, least) if type(size) is int else least
+        for larger in range(first, 2 * first):
+            try:
+                type(source).from_dict({**fields, key: larger})
+            except _INVALID:
+                continue
+            valid.append(f"{key}={larger}")
+            break
+    return ", or ".join(valid) or f"a {type(source).__name__} that can be built"
+
+
+def _cause(error: Exception) -> str:
+    # transformers wraps what a config's own check says into several lines of its own.
+    lines = str(error.__cause__ or error).split("\n")
+    return " ".join(line.strip() for line in lines).rstrip(".!")
+
+
+def _more_heads(asked: str, source: PreTrainedConfig, heads: str, width: str, wide: int) -> int:
+    """Heads for a wider model: of the same head_dim where it divides the width, else of the next larger one."""
+    count, old = getattr(source, heads), getattr(source, width)
+    for head_dim in range(old // count, wide // count + 1):
+        if wide % head_dim == 0:
+            return wide // head_dim
+    valid = f"a multiple of the head_dim {old // count}, or {heads} named with it"
+    raise GrowError(asked, f"{width}={wide} does not divide into at least {count} heads", valid)
+
+
+def _describe(target: Target) -> str:
+    if isinstance(target, Mapping):
+        return ", ".join(f"{key}={value!r}" for key, value in target.items()) or "no change"
+    return f"a {type(target).__name__}" if isinstance(target, PreTrainedConfig) else repr(str(target))

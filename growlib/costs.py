@@ -1,0 +1,77 @@
+"""What a growth costs: parameters, FLOPs, memory and disk, before and after; read off its plan."""
+
+from math import prod
+
+import torch
+from transformers import PreTrainedConfig
+
+from growlib.growth_plan import GrowthPlan, Shape
+from growlib.layouts import Layout
+
+ADAM = 16  # bytes per parameter of a training in float32: weight, gradient, two moments
+
+
+def sizes_that_stay(plan: GrowthPlan) -> dict[str, int]:
+    """The whole numbers of the config that say a size and do not change."""
+    before, after = plan.source.to_dict(), plan.config.to_dict()
+    sizes = set(plan.old_sizes.values())
+    return {
+        field: size
+        for field, size in before.items()
+        if type(size) is int and size in sizes and after.get(field) == size and not field.endswith("_token_id")
+    }
+
+
+def cost_table(plan: GrowthPlan) -> list[tuple[str, str, str]]:
+    """Rows of (what, before, after), a heading first."""
+    old = {made.source: (made.layout, made.old_shape) for made in plan.tensors if made.source}
+    new = [(made.layout, made.new_shape) for made in plan.tensors]
+    if plan.mixture:
+        used = {source for made in plan.mixture.tensors for source in made.sources}
+        new = [(made.layout, made.new_shape) for made in plan.tensors if made.name not in used]
+        new += [((), made.shape) for made in plan.mixture.tensors]
+    before, after = _costs(list(old.values()), plan, plan.source), _costs(new, plan, plan.config)
+    return [("", "before", "after"), *((what, before[what], after[what]) for what in before)]
+
+
+def _costs(tensors: list[tuple[Layout, Shape]], plan: GrowthPlan, config: PreTrainedConfig) -> dict[str, str]:
+    count = sum(prod(shape) for _, shape in tensors)
+    acting = sum(prod(shape) * _share(layout, shape, plan) for layout, shape in tensors if len(shape) > 1)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    if tied:  # the embedding is the head too
+        acting += sum(prod(shape) for layout, shape in tensors if _looks_up(layout, plan) and "vocab" in str(layout))
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return {
+        "parameters": f"{count:,}",
+        "FLOPs per token of training (6 per weight that multiplies)": f"{6 * acting:.3g}",
+        "memory for training with AdamW in float32": _bytes(ADAM * count),
+        f"room on disk in {str(dtype).removeprefix('torch.')}": _bytes(dtype.itemsize * count),
+    }
+
+
+def _looks_up(layout: Layout, plan: GrowthPlan) -> bool:
+    return any(
+        plan.roles.get(axis) == "lookup" for dim in layout if dim.side == "read" for p in dim.parts for axis in p
+    )
+
+
+def _share(layout: Layout, shape: Shape, plan: GrowthPlan) -> float:
+    """The share of a tensor that multiplies with each token: none of a lookup, of experts those that act."""
+    if _looks_up(layout, plan):
+        return 0.0
+    if not layout and plan.mixture and len(shape) == 3:
+        return plan.mixture.per_token / plan.mixture.experts
+    for dim in layout:
+        axis = dim.parts[0][0]
+        if plan.roles.get(axis) in ("experts", "gated_experts") and len(shape) == 3:
+            sizes = plan.new_sizes if shape[0] == plan.new_sizes[axis] else plan.old_sizes
+            return sizes.get("per_token", sizes[axis]) / sizes[axis]
+    return 1.0
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,126 @@
+"""The entry points of the weights half: plan a growth, and carry it out."""
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from growlib import checkpoint, config, operators, upcycling
+from growlib.apply import apply
+from growlib.checkpoint import Source, logger
+from growlib.config import Target
+from growlib.errors import GrowError
+from growlib.growth_plan import GrowthPlan, Skeleton
+from growlib.inference import architecture_of
+from growlib.operators import Method
+from growlib.planner import Request, layer_map, make_plan
+
+
+def plan(
+    small_ckpt: Source | PreTrainedConfig, target_config: Target, method: str | Method = "lossless", *, seed: int = 0
+) -> GrowthPlan:
+    """Decide a growth without running it; the arguments are those of `expand`.
+
+    Weights are not read: a config, a model on the meta device, or a folder with a config.json alone will do.
+
+    The plan says whether the growth is exact (`.exact`), why not (`.reasons`), and where each tensor comes from
+    (`str(plan)`, `.to_dict()`). `expand(small_ckpt, plan)` carries it out, `.save(path)` keeps it.
+    """
+    return plan_of(*checkpoint.describe(small_ckpt), target_config, method, seed)
+
+
+def plan_of(
+    model_class: type[PreTrainedModel], source: Skeleton, target_config: Target, method: str | Method, seed: int
+) -> GrowthPlan:
+    """The same for a class and a skeleton."""
+    table, chosen = architecture_of(source.config, model_class), operators.method(method)
+    layers = chosen if chosen.depth else operators.method("lossless")  # so that make_plan can say that depth is missing
+    target = config.resolve(source.config, target_config, table, lambda old, new: layer_map(layers, old, new).source)
+    if target.model_type == source.config.model_type:
+        if chosen.reset:
+            raise GrowError(f"method {chosen.name!r}", "the target has no experts to make", "the config of a mixture")
+        return make_plan(Request(table, chosen, seed, source, checkpoint.skeleton_of(model_class, target)))
+    mixture, dense = upcycling.decide(model_class, source.config, target, table, chosen, seed)
+    growth = make_plan(Request(table, chosen, seed, source, checkpoint.skeleton_of(model_class, dense)))
+    mixture_class = checkpoint.class_like(model_class, source.config.model_type, target)
+    return upcycling.joined(growth, mixture, checkpoint.skeleton_of(mixture_class, target))
+
+
+def expand(
+    small_ckpt: Source,
+    target_config: Target | GrowthPlan,
+    method: str | Method = "lossless",
+    *,
+    seed: int = 0,
+    exact: bool | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> PreTrainedModel:
+    """Grow a checkpoint into a larger model of the same class, or a dense one into a mixture of experts.
+
+    Args:
+        small_ckpt: a model, a folder or a hub id. It is not modified.
+        target_config: a config, a folder, or a dict of overrides of the source's config. Sizes that a dict does
+            not name stay, save those that the architecture ties to a named one (on GPT-2 and BERT a wider model
+            gets more heads of the same head_dim). The config of a mixture of experts makes each feed-forward layer
+            of a dense model its experts: LlamaForCausalLM to a MixtralConfig, Qwen3 to a Qwen3MoeConfig.
+            A plan that `growlib.plan` made for this source is carried out; it says method and seed by itself.
+        method: a name of `growlib.methods()`, `module:attribute` of one of your own, WIDTH+DEPTH of these, or a Method.
+        seed: decides every free value, bit for bit.
+        exact: True refuses a growth that does not preserve the function. None (the default) builds the closest
+            growth and logs the reasons; False builds it and logs nothing.
+        dtype: of the result, such as torch.bfloat16 or "bfloat16"; the source's by default. The arithmetic is
+            float32 or wider.
+
+    Returns:
+        A model of the source's class, or of the mixture's for the same task, in eval mode, on the source's device.
+
+    Raises:
+        GrowError: what was asked, what is wrong, and what would be valid.
+    """
+    wanted = dtype_of(dtype)
+    model = checkpoint.load(small_ckpt)
+    if isinstance(target_config, GrowthPlan):
+        growth = target_config
+        check_plan(growth, model, method, seed)
+    else:
+        growth = plan_of(type(model), checkpoint.skeleton(model), target_config, method, seed)
+    if growth.learned:
+        wrong, valid = "its map is learned on text", "growlib.learn(small, target, batches)"
+        raise GrowError(f"expanding with method {growth.method!r}", wrong, valid)
+    if growth.reasons and exact:
+        asked = f"growing {model.config.model_type} with method {growth.method!r} and exact=True"
+        raise GrowError(asked, "; ".join(growth.reasons), "another target, or exact=None for the closest growth")
+    if growth.reasons and exact is None:
+        logger.warning("this growth does not preserve the function: %s", "; ".join(growth.reasons))
+    model_class = checkpoint.class_like(type(model), model.config.model_type, growth.config)
+    grown = checkpoint.empty_model(model, growth.config, wanted or model.dtype, model_class)
+    tensors = apply(growth, model.state_dict())
+    checkpoint.fill(grown, upcycling.mix(growth.mixture, dict(tensors)) if growth.mixture else tensors)
+    return grown
+
+
+def check_plan(growth: GrowthPlan, model: PreTrainedModel, method: str | Method, seed: int) -> None:
+    """Raise GrowError where a plan was made for another source, or another method or seed is asked for beside it."""
+    asked = f"carrying out a plan ({growth.method}, seed {growth.seed}, for a {growth.model_class})"
+    if method not in ("lossless", growth.method) or seed not in (0, growth.seed):
+        named = method.name if isinstance(method, Method) else method
+        wrong = f"beside it method {named!r} and seed {seed} are asked for"
+        raise GrowError(asked, wrong, "expand(small, plan), or a plan made with them")
+    if type(model).__name__ != growth.model_class:
+        raise GrowError(asked, f"the source is a {type(model).__name__}", f"a {growth.model_class}")
+    mine, planned = model.config.to_dict(), growth.source.to_dict()
+    differ = [key for key in planned if key not in config.NO_FUNCTION and mine.get(key) != planned[key]]
+    other = [f"{key} is {mine.get(key)!r}, not {planned[key]!r}" for key in differ]
+    shapes = checkpoint.skeleton(model).shapes
+    needed = {made.source: made.old_shape for made in growth.tensors if made.source}
+    other += [
+        f"{name} is {shapes.get(name)}, not {shape}" for name, shape in needed.items() if shapes.get(name) != shape
+    ]
+    if other:
+        raise GrowError(asked, f"the source is another one: {'; '.join(other[:3])}", "the source that it was made for")
+
+
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype by its name or as it is. Raises GrowError for anything else."""
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise GrowError(f"a result of dtype {dtype!r}", "it is no floating-point dtype", "such as torch.bfloat16")
+    return wanted

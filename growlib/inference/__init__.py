@@ -1,0 +1,141 @@
+"""Inference of an architecture: read the table off a tiny model of the class, and prove it by growing that model."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from growlib.architectures import families, is_tested, table_of
+from growlib.architectures.schema import Architecture, Growth, Verdict, from_table, to_table
+from growlib.checkpoint import class_of
+from growlib.config import OWN_FIELDS
+from growlib.errors import GrowError
+from growlib.inference import variants
+from growlib.inference.label import draft
+from growlib.inference.tiny import tiny_config, tiny_model
+from growlib.inference.verifier import followers, trial, unverified, verdicts
+
+Class = tuple[type[PreTrainedModel], str]  # and its switches
+
+_inferred: dict[Class, Architecture] = {}
+
+
+def architecture_of(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Architecture:
+    """The table of a config's type, or the one that is inferred for the class. Raises GrowError where neither is."""
+    if config.model_type not in families():
+        return infer(config, model_class)
+    return table_of(config.model_type) if is_tested(config.model_type) else _proven(config, model_class)
+
+
+def infer(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> Architecture:
+    """Find the table of any class of transformers, and prove it on a tiny randomised model.
+
+    The verdict of an earlier run is taken: per class, its switches, and versions of transformers and growlib. It is
+    kept in `~/.cache/growlib` ($GROWLIB_CACHE) for transformers' own classes, else in this process only.
+
+    Args:
+        config: its switches and per-layer lists decide what the table holds; its sizes do not matter.
+        model_class: by default the class that the config names, or the first one for its model type.
+
+    Returns:
+        The table. `proven` has the verdict on each growth of the tiny model: exact, inexact or refused, and why.
+
+    Raises:
+        GrowError: no tiny model of the class can be built, or its tensors cannot be told apart.
+    """
+    model_class = model_class or class_of(config)
+    small = tiny_config(config, model_class)
+    key = (model_class, _switches(small))
+    if key not in _inferred:
+        of_transformers = model_class.__module__.startswith("transformers.")
+        _inferred[key] = _from_disk(key, small) if of_transformers else examine(model_class, small)
+    return _inferred[key]
+
+
+def verified(config: PreTrainedConfig) -> Architecture:
+    """A config's table with verdicts: the curated one of its type where there is one, else the inferred one."""
+    return _proven(config, class_of(config)) if config.model_type in families() else infer(config)
+
+
+def _proven(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Architecture:
+    """A written table with the verdicts of a tiny model; where none can be built, nothing is proven."""
+    table = table_of(config.model_type)
+    try:
+        small = tiny_config(config, model_class)
+    except GrowError as error:
+        return replace(table, proven=unverified(table, error.wrong))
+    key = (model_class, _switches(small) + repr(table))
+    if key not in _inferred:
+        _inferred[key] = replace(table, proven=verdicts(table, tiny_model(model_class, small)))
+    return _inferred[key]
+
+
+def _switches(small: PreTrainedConfig) -> str:
+    fields = {key: value for key, value in small.to_dict().items() if key not in OWN_FIELDS}
+    return json.dumps(fields, sort_keys=True, default=str)
+
+
+def _from_disk(key: Class, small: PreTrainedConfig) -> Architecture:
+    model_class, switches = key
+    asked = f"{model_class.__module__} {model_class.__name__} {version('transformers')} {version('torch')} {switches}"
+    digest = hashlib.sha256(asked.encode() + _own_source()).hexdigest()
+    folder = Path(os.environ.get("GROWLIB_CACHE", Path.home() / ".cache" / "growlib"))
+    path = folder / f"{model_class.__name__}-{digest[:16]}.json"
+    try:
+        return from_table(small.model_type, json.loads(path.read_text()), path.name)
+    except (OSError, ValueError):
+        table = examine(model_class, small)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            json.dump(to_table(table), file)
+        Path(file.name).replace(path)
+    except OSError:  # a cache that cannot be written costs a few seconds next time
+        pass
+    return table
+
+
+@cache
+def _own_source() -> bytes:
+    """The code that infers and verifies: another growlib may come to another verdict."""
+    package = Path(__file__).parents[1]
+    return b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")) if "ki" not in path.parts)
+
+
+def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Architecture:
+    """The table of a class at tiny sizes, with the candidates that were tried and the growths that were proven."""
+    table = replace(draft(tiny_model(model_class, small, spread=0.07)), proven={})
+    model = tiny_model(model_class, small)
+    table = _first_exact(table, variants.of_hidden(table, small), model, "hidden")
+    if "expert_ffn" in table.axes:
+        table = _first_exact(table, variants.of_pairs(table), model, "expert_ffn")
+    if any(axis.per_token for axis in table.axes.values()):
+        table = _first_exact(table, variants.of_experts(table), model, "experts")
+    if any(axis.role == "query" for axis in table.axes.values()):
+        table = _first_exact(table, variants.of_head_dim(table, small), model, "query")
+    return replace(table, proven=verdicts(table, model))
+
+
+def _first_exact(
+    table: Architecture, candidates: Iterable[tuple[str, Architecture]], model: PreTrainedModel, axis: str
+) -> Architecture:
+    """The first candidate under which the axis doubles exactly; the table as it is where none does."""
+    tried = list(table.candidates)
+    for name, candidate in candidates:
+        field = candidate.axes[axis].size.split()[0]
+        fields = {field: 2 * getattr(model.config, field)} if hasattr(model.config, field) else {}
+        fields |= followers(candidate, model.config, fields, heads=axis == "hidden")
+        grew, verdict = trial(candidate, model, fields)
+        if verdict.exact and Growth(axis, "x2") not in grew:
+            verdict = Verdict("refused", "it did not grow")
+        tried.append((f"{axis} x2: {name}", verdict))
+        if verdict.exact:
+            return replace(candidate, candidates=tuple(tried))
+    return replace(table, candidates=tuple(tried))

@@ -1,0 +1,181 @@
+"""What one forward pass of a tiny model says: which module reads which, what each norm stands before and behind."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from growlib.architectures.schema import Stack
+from growlib.checkpoint import skeleton
+from growlib.growth_plan import Skeleton
+from growlib.inference import probe
+from growlib.inference.probe import Norm, Trace
+from growlib.inference.rows import Unresolved
+from growlib.inference.sizes import Build
+from growlib.layouts import Dim, Layout
+
+FIXED = Dim((("fixed",),), "write")  # a length that never grows
+HINTS = {"heads": "head", "kv_heads": "k", "query": "head_dim", "key": "head_dim", "value": "head_dim"}
+
+
+@dataclass
+class Draft:
+    """What is known so far. Rows are base-model tensor names with `*` for the layer's number."""
+
+    model: PreTrainedModel
+    hidden: int
+    stacks: list[Stack]
+    seen: Trace
+    norms: dict[str, Norm]  # by module name
+    rows: dict[str, Layout] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+    hints: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = field(default_factory=dict)  # module -> parts, by
+    inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # module -> axes
+    streams: dict[int, str] = field(default_factory=dict)  # width -> axis, of norms over neither hidden nor heads
+
+    def __post_init__(self) -> None:
+        self.prefix = skeleton(self.model).prefix
+
+    def row_of(self, name: str) -> str:
+        """The row of a base-model tensor name."""
+        for stack in self.stacks:
+            layer = stack.layer_of(name)
+            if layer is not None:
+                return stack.row_of(name, layer)
+        return name
+
+    def key(self, module: str) -> str:
+        """A module's name with `*` for the layer's number."""
+        return self.row_of(module.removeprefix(self.prefix) + ".")
+
+    def stack_of(self, module: str) -> Stack | None:
+        name = module.removeprefix(self.prefix) + "."
+        return next((stack for stack in self.stacks if stack.layer_of(name) is not None), None)
+
+    def axis(self, name: str, size: int, role: str, module: str) -> str:
+        """An axis of this size for a module: one of its own in each stack, and for each size."""
+        stack = self.stack_of(module)
+        first = self.stacks[0] if self.stacks else None
+        scope = "" if stack in (None, first) else re.split(r"\W", stack.block)[0] + "_" if stack else ""
+        for number in range(1, 9):
+            full = scope + name + (f"_{number}" if number > 1 else "")
+            if self.sizes.setdefault(full, size) == size:
+                self.roles.setdefault(full, role)
+                self.hints.setdefault(full, HINTS.get(name, name))
+                if len(self.stacks) > 1:
+                    word = re.split(r"\W", (stack or self.stacks[0]).block)[0]
+                    self.hints[full] = f"{word} {self.hints[full]}"
+                return full
+        raise Unresolved
+
+
+def stacks_of(base: Skeleton, others: list[Build]) -> list[Stack]:
+    """The lists of modules that get longer with a config field."""
+    lists: dict[str, str] = {}
+    for build in others:
+        for prefix, count in _lengths(build.skeleton).items():
+            if count > _lengths(base).get(prefix, count):
+                lists.setdefault(prefix, build.field)
+    return [Stack(layers, f"{prefix}*.", ()) for prefix, layers in lists.items()]
+
+
+def _lengths(model: Skeleton) -> dict[str, int]:
+    layers: dict[str, set[str]] = {}
+    for name in model.shapes:
+        if match := re.match(r"(.*?\.|)(\d+)\.", model.base(name)):
+            layers.setdefault(match.group(1), set()).add(match.group(2))
+    return {prefix: len(numbers) for prefix, numbers in layers.items()}
+
+
+def width_of(model: PreTrainedModel, stacks: list[Stack], prefix: str, seen: Trace) -> int:
+    for stack in stacks:
+        block = prefix + stack.block.replace("*.", "0")
+        if block in seen.outputs:
+            return seen.outputs[block].shape[-1]
+    widths = Counter(p.shape[0] for p in model.parameters() if p.ndim == 1)
+    return widths.most_common(1)[0][0]
+
+
+def norm_after(state: Draft, name: str) -> str | None:
+    """The norm that reads a module's output as it is."""
+    written = probe.rows(state.seen.outputs[name])
+    for norm in state.norms:
+        if probe.rows(state.seen.inputs[norm]) == written:
+            return norm
+    return None
+
+
+def norm_before(state: Draft, given: set[bytes]) -> str | None:
+    """The norm with a weight whose output is read here."""
+    for norm, facts in state.norms.items():
+        if facts.scale and given <= probe.rows(state.seen.outputs[norm]):
+            return norm
+    return None
+
+
+def is_post_norm(state: Draft) -> bool:
+    return any(stack.last_norm for stack in state.stacks)
+
+
+def is_hidden(state: Draft, norm: str) -> bool:
+    return state.seen.inputs[norm].shape[-1] == state.hidden and not writes_unit(state, norm)
+
+
+def writer_of(state: Draft, norm: str) -> str | None:
+    """The linear map whose output the norm reads as it is: its rows, or whole heads of them."""
+    given = state.seen.inputs[norm]
+    for name, module in state.model.named_modules():
+        if not probe.is_linear(module) or name not in state.seen.outputs:
+            continue
+        written = state.seen.outputs[name]
+        if written.shape[-1] % given.shape[-1] == 0:
+            heads = probe.rows(written.reshape(*written.shape[:-1], -1, given.shape[-1]))
+            if probe.rows(given) <= heads:
+                return name
+    return None
+
+
+def writes_unit(state: Draft, norm: str) -> bool:
+    """The norm reads a linear map whose rows are known: queries, keys, units."""
+    writer = writer_of(state, norm)
+    return writer is not None and state.key(writer) in state.outputs
+
+
+def is_branch(state: Draft, norm: str) -> bool:
+    """A norm between a block's last linear map and the residual sum."""
+    return writer_of(state, norm) is not None
+
+
+def feeds(state: Draft, norm: str) -> bool:
+    """The norm's output is read by maps, and does not go to the residual stream."""
+    written = probe.rows(state.seen.outputs[norm])
+    order = list(state.seen.outputs)
+    blocks = [order.index(n) for n in order if any(is_block(state, n, stack) for stack in state.stacks)]
+    if blocks and order.index(norm) > max(blocks):
+        return True
+    for name, given in state.seen.inputs.items():
+        stack_parts = [state.prefix + stack.block.partition("*")[0] for stack in state.stacks]
+        holds_blocks = any(part.startswith(name + ".") or part.rstrip(".") == name for part in stack_parts)
+        if name in state.norms or holds_blocks or any(is_block(state, name, stack) for stack in state.stacks):
+            continue
+        if given.shape[-1] == state.seen.outputs[norm].shape[-1] and probe.rows(given) <= written:
+            return True
+    return False
+
+
+def is_block(state: Draft, name: str, stack: Stack) -> bool:
+    pattern = re.escape(state.prefix + stack.block.rstrip(".")).replace(r"\*", r"\d+")
+    return re.fullmatch(pattern, name) is not None
+
+
+def head_norm_of(state: Draft) -> str:
+    """The last norm over what the head reads."""
+    head = state.model.get_output_embeddings()
+    width = head.in_features if isinstance(head, nn.Linear) else state.hidden
+    ran = list(state.seen.outputs)
+    over = [n for n in state.norms if state.seen.inputs[n].shape[-1] == width and not writes_unit(state, n)]
+    return max((norm for norm in over if state.norms[norm].scale), key=ran.index, default="")

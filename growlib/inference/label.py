@@ -1,0 +1,302 @@
+"""The table of a class, read off a tiny model of it. It is a guess until the verifier has proven it."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from growlib.architectures.schema import Architecture
+from growlib.checkpoint import skeleton
+from growlib.inference import probe
+from growlib.inference.draft import (
+    FIXED,
+    Draft,
+    feeds,
+    head_norm_of,
+    is_branch,
+    is_hidden,
+    is_post_norm,
+    norm_after,
+    norm_before,
+    stacks_of,
+    width_of,
+    writer_of,
+    writes_unit,
+)
+from growlib.inference.rows import Unresolved, read_rows
+from growlib.inference.sizes import builds
+from growlib.inference.table import table_of
+from growlib.layouts import Dim, Layout
+from growlib.outputs import vocabulary
+
+MOST = 0.6  # of the channels: more than one of at least two heads
+CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def draft(model: PreTrainedModel) -> Architecture:
+    """The table of a tiny model's class. Raises GrowError where its parts cannot be told apart."""
+    base = skeleton(model)
+    others = builds(type(model), base)
+    seen = probe.trace(model)
+    stacks = stacks_of(base, others)
+    widths = {n: t.shape[-1] for n, t in seen.inputs.items()}
+    norms = {n: k for n, m in model.named_modules() if n in widths and (k := probe.norm_of(m, widths[n]))}
+    state = Draft(model, width_of(model, stacks, base.prefix, seen), stacks, seen, norms)
+    state.sizes["hidden"] = state.hidden
+    _linear_maps(state)
+    _stack_norms(state)
+    _pooled_as_hidden(state)
+    _other_streams(state)
+    for name, module in model.named_modules():
+        if experts := _expert_count(state, module):
+            state.axis("experts", experts, "experts", name)
+        if isinstance(module, nn.MultiheadAttention):
+            state.inputs[state.key(f"{name}.out_proj")] = _head_axes(state, name, module)[2]
+    for name, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            row = state.row_of(f"{name}.{kind}".removeprefix(state.prefix) if name else kind)
+            if row not in state.rows:
+                state.rows[row] = _layout(state, name, module, kind, tuple(parameter.shape))
+    for name in base.shapes:  # buffers that are saved
+        row = state.row_of(base.base(name))
+        state.rows.setdefault(row, tuple(_dim(state, size, "write") for size in base.shapes[name]))
+    return table_of(state, base, others)
+
+
+def _linear_maps(state: Draft) -> None:
+    """Find what the dimensions of the linear maps are that no residual stream passes."""
+    readers: dict[str, dict[str, list[probe.Row]]] = {}
+    known: set[str] = set()
+    for name, module in state.model.named_modules():
+        row = state.row_of(name.removeprefix(state.prefix) + ".weight")
+        if not probe.is_linear(module) or row in known or name not in state.seen.outputs:
+            continue
+        known.add(row)
+        moved = probe.moved_by(state.model, name, probe.out_features(module))
+        norm = norm_after(state, name)
+        if moved and norm and _share(moved[1]) > MOST:
+            through = probe.moved_by(state.model, norm, probe.out_features(module))
+            if through and any(int(r.channels.sum()) > 1 for r in through[1]):
+                moved = through
+        if moved and not _is_mixed(moved[1]):
+            readers.setdefault(moved[0], {})[name] = moved[1]
+    for reader, writers in readers.items():
+        try:
+            _read(state, reader, writers)
+        except Unresolved:
+            continue
+
+
+def _is_mixed(rows: list[probe.Row]) -> bool:
+    """Every row moves nearly every channel of the reader, here only: they write the residual stream."""
+    return _share(rows) > MOST and not any(row.elsewhere for row in rows)
+
+
+def _share(rows: list[probe.Row]) -> float:
+    """The share of the reader's channels that a row moves, on average."""
+    return sum(float(row.channels.float().mean()) for row in rows) / len(rows)
+
+
+def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> None:
+    width = state.seen.inputs[reader].shape[-1]
+    reading = read_rows(writers, width)
+    names = {}
+    kv_heads = reading.sizes.get("kv_heads")
+    told = [v for f, v in state.model.config.to_dict().items() if re.search("key_value_heads|kv_heads", f)]
+    shared = kv_heads == reading.sizes.get("heads") and kv_heads not in told
+    for axis, size in reading.sizes.items():
+        role = {"ffn": "elementwise", "heads": "query_heads", "kv_heads": "key_heads", "value": "linear"}.get(
+            axis, axis
+        )
+        if axis == "kv_heads" and (size == 1 or shared):
+            continue  # one KV head never grows; as many as query heads are the same axis
+        kind = "pooled" if axis == "ffn" and state.stack_of(reader) is None else axis
+        names[axis] = state.axis(kind, size, role, reader)
+    if shared:
+        names["kv_heads"] = names.get("heads", "")
+
+    def named(part: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(names[axis] for axis in part if axis in names)
+
+    state.inputs[state.key(reader)] = named(reading.reader)
+    for name, (parts, by) in reading.writers.items():
+        state.outputs[state.key(name)] = (tuple(named(part) for part in parts), names.get(by, ""))
+
+
+def _stack_norms(state: Draft) -> None:
+    """For each stack, the last norm of a post-norm block and the ones before it."""
+    for index, stack in enumerate(state.stacks):
+        block = state.prefix + stack.block.replace("*.", "0.")
+        inside = [norm for norm in state.norms if norm.startswith(block) and is_hidden(state, norm)]
+        written = state.seen.outputs.get(block[:-1])
+        if written is None:
+            continue
+        last = next((n for n in inside if probe.rows(state.seen.outputs[n]) == probe.rows(written)), None)
+        if last and not is_branch(state, last):
+            inner = tuple(n.removeprefix(block) for n in inside if n != last and not is_branch(state, n))
+            state.stacks[index] = replace(stack, inner_norms=inner, last_norm=last.removeprefix(block))
+
+
+def _pooled_as_hidden(state: Draft) -> None:
+    """The pooled vector of a post-norm model grows as its stream does."""
+    if is_post_norm(state) and state.sizes.get("pooled") == state.hidden:
+        del state.sizes["pooled"]
+        state.inputs |= {name: ("hidden",) for name, axes in state.inputs.items() if axes == ("pooled",)}
+        state.outputs |= {n: ((("hidden",),), "") for n, (parts, _) in state.outputs.items() if parts == (("pooled",),)}
+
+
+def _other_streams(state: Draft) -> None:
+    """Norms over an axis of their own, such as factorised embeddings or a low-rank bottleneck."""
+    embedded = {m.embedding_dim for m in state.model.modules() if isinstance(m, nn.Embedding)}
+    for name, norm in state.norms.items():
+        width = state.seen.inputs[name].shape[-1]
+        if width != state.hidden and not writes_unit(state, name):
+            kind = "embedding" if width in embedded else "low_rank"
+            state.streams[width] = state.axis(kind, width, "layer_norm" if norm.centred else "rms_norm", "")
+
+
+def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[int, ...]) -> Layout:
+    """The row of one parameter."""
+    if name in state.norms:
+        return _norm_layout(state, name, kind, shape)
+    if probe.is_linear(module):
+        return _linear_layout(state, name, module, kind)
+    if isinstance(module, nn.Embedding):
+        return (Dim(((_lookup(state, name, shape[0]),),), "read"), _dim(state, shape[1], "write", heads=True))
+    if isinstance(module, CONVOLUTIONS):
+        reads = tuple(_dim(state, size, "read") for size in shape[1:2])
+        return (_dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
+    if isinstance(module, nn.MultiheadAttention) and kind.startswith("in_proj"):
+        write = Dim(_head_axes(state, name, module), "write")
+        return (write, _dim(state, shape[1], "read")) if len(shape) == 2 else (write,)
+    if len(shape) > 1 and shape[0] == _expert_count(state, module):
+        return _expert_layout(state, name, kind, shape)
+    if len(shape) == 1 and shape[0] == state.hidden and state.stack_of(name):
+        return (Dim((("raw",),), "scale"),)  # such as a LayerScale
+    read = "weight" in kind and len(shape) == 2  # a linear map of its own kind, such as a router
+    sides = [_dim(state, size, "read" if read and i else "write", heads=True) for i, size in enumerate(shape)]
+    return tuple(_raw_if(state, name, dim) for dim in sides)
+
+
+def _dim(state: Draft, size: int, side: Any, heads: bool = False) -> Dim:
+    vocab = vocabulary(state.model)
+    if size == state.hidden:
+        return Dim((("hidden",),), side)
+    if size == vocab:
+        state.axis("vocab", size, "lookup", "")
+        return Dim((("vocab",),), side)
+    if size in state.streams:
+        return Dim(((state.streams[size],),), side)
+    per_head = next((a for a in state.sizes if heads and a.endswith("heads") and state.sizes[a] == size), None)
+    router = next((a for a, role in state.roles.items() if role == "experts" and state.sizes[a] == size), None)
+    axis = (per_head or router) if side == "write" else None
+    return Dim(((axis,),), side) if axis else replace(FIXED, side=side)
+
+
+def _lookup(state: Draft, name: str, size: int) -> str:
+    last = name.rpartition(".")[2]
+    if size == vocabulary(state.model):
+        return state.axis("vocab", size, "lookup", "")
+    kind = "types" if "type" in last else "positions" if "pos" in last or last == "wpe" else "lookup"
+    return state.axis(kind, size, "lookup", "")
+
+
+def _linear_layout(state: Draft, name: str, module: nn.Module, kind: str) -> Layout:
+    weight: Any = module.weight
+    features_in, features_out = weight.shape if isinstance(module, Conv1D) else weight.shape[::-1]
+    if state.key(name) in state.outputs:
+        parts, by = state.outputs[state.key(name)]
+        write = Dim(parts, "write", by)
+    else:
+        write = _dim(state, features_out, "write")
+    if kind == "bias":
+        return (write,)
+    if state.key(name) in state.inputs:
+        read = Dim((state.inputs[state.key(name)],), "read")
+    else:
+        read = _raw_if(state, name, _dim(state, features_in, "read"))
+        if read.parts == FIXED.parts and not state.stack_of(name):
+            read = _side_by_side(state, features_in) or read
+    return (read, write) if isinstance(module, Conv1D) else (write, read)
+
+
+def _side_by_side(state: Draft, size: int) -> Dim | None:
+    """Several vectors, such as a class token and a mean, or the heads of all layers."""
+    times, rest = divmod(size, state.hidden)
+    if not rest:
+        return Dim((("hidden",),) * times, "read")
+    heads = next((axis for axis in state.sizes if axis.endswith("heads")), "")
+    for stack in state.stacks[:1]:
+        layers = len(list(state.model.get_submodule(state.prefix + stack.block.partition(".*")[0]).children()))
+        if heads and size == layers * state.sizes[heads]:
+            return Dim(((state.axis("layers", layers, "layers", ""), heads),), "read")
+    return None
+
+
+def _raw_if(state: Draft, name: str, dim: Dim) -> Dim:
+    """The axis `raw` where a map reads the residual stream without a norm's weight before it."""
+    if dim.side != "read" or dim.parts != (("hidden",),) or is_post_norm(state):
+        return dim
+    if state.model.get_output_embeddings() is state.model.get_submodule(name) and head_norm_of(state):
+        return dim  # what the class does between its last norm and its head is a candidate of its own
+    while name and name not in state.seen.inputs:
+        name = name.rpartition(".")[0]
+    given = state.seen.inputs.get(name)
+    if given is None or given.shape[-1] != state.hidden or norm_before(state, probe.rows(given)):
+        return dim
+    return Dim((("raw",),), "read")
+
+
+def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> Layout:
+    norm = state.norms[name]
+    side: Any = "scale" if kind == norm.scale else "shift"
+    offset = norm.offset if side == "scale" else 0.0
+    axes: tuple[str, ...] = ("fixed",)
+    if writes_unit(state, name):
+        parts, _ = state.outputs[state.key(writer_of(state, name) or "")]
+        if len(parts) == 1:
+            size = [state.sizes[a] for a in parts[0]]
+            axes = parts[0] if len(size) < 2 or shape[0] == size[0] * size[1] else parts[0][-1:]
+    elif shape[0] in state.streams:
+        axes = (state.streams[shape[0]],)
+    elif shape[0] == state.hidden:
+        stream = not is_post_norm(state) and (is_branch(state, name) or not feeds(state, name))
+        axes = ("raw",) if stream else ("hidden",)
+    return (Dim((axes,), side, offset=offset),)
+
+
+def _head_axes(state: Draft, name: str, module: nn.MultiheadAttention) -> tuple[tuple[str, str], ...]:
+    """The axes of torch's own attention: queries, keys and values one after the other."""
+    heads = state.axis("heads", module.num_heads, "query_heads", name)
+    kinds = (("query", "query"), ("key", "key"), ("value", "linear"))
+    return tuple((heads, state.axis(kind, module.head_dim, role, name)) for kind, role in kinds)
+
+
+def _expert_count(state: Draft, module: nn.Module) -> int | None:
+    """How many experts a module holds, stacked in tensors of three dimensions."""
+    if isinstance(module, CONVOLUTIONS):
+        return None
+    stacked = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3} - {1, state.hidden}
+    return stacked.pop() if len(stacked) == 1 else None
+
+
+def _expert_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> Layout:
+    """Stacked experts: [experts, .., ..], the feed-forward maps of all of them, and [experts, ..], their biases."""
+    down = "down" in kind or "output" in kind or "w2" in kind
+    experts = Dim(((state.axis("experts", shape[0], "experts", name),),), "read" if down else "write")
+    if state.hidden not in shape[1:] and (len(shape) == 3 or down):
+        return (experts, *(FIXED,) * (len(shape) - 1))
+    other = next((size for size in shape[1:] if size != state.hidden), state.hidden)
+    if len(shape) == 2 and down:
+        return (experts, Dim((("hidden",),), "write"))
+    ffn = other if down or "gate_up" not in kind else other // 2
+    axis = state.axis("expert_ffn", ffn, "elementwise", name)
+    if len(shape) == 2:
+        return (experts, Dim(((axis,),) * (other // ffn), "write"))
+    unit = Dim(((axis,),) * (other // ffn), "read" if down else "write")
+    stream = Dim((("hidden",),), "write" if down else "read")
+    stream = _raw_if(state, name, stream)
+    return (experts, stream, unit) if shape[1] == state.hidden else (experts, unit, stream)

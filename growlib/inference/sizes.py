@@ -1,0 +1,186 @@
+"""Which config field says which size, found by building a class at other sizes without memory for its values."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from growlib.architectures.schema import size_of
+from growlib.checkpoint import skeleton_of
+from growlib.config import DERIVED_FIELDS, lengthen
+from growlib.growth_plan import Skeleton
+from growlib.inference.tiny import SIZE_OF
+from growlib.layouts import Layout
+
+ABSENT = 72  # what a field that is None is set to
+CONSTANTS = range(2, 9)
+TRIES = 20_000  # of one group of axes
+
+# The parts of a dimension, its length, and the config under which it has that length.
+Check = tuple[tuple[tuple[str, ...], ...], int, PreTrainedConfig]
+
+
+@dataclass(frozen=True)
+class Build:
+    """The class built with one field changed."""
+
+    field: str
+    was_absent: bool
+    skeleton: Skeleton
+
+
+def builds(model_class: type[PreTrainedModel], base: Skeleton) -> list[Build]:
+    """One for each config field that changes the class's shapes when it is doubled, or set where it is None."""
+    built_with = []
+    for name, value in base.config.to_dict().items():
+        if isinstance(value, bool) or name.endswith("_token_id") or not (value is None or isinstance(value, int)):
+            continue
+        try:
+            built = skeleton_of(model_class, changed(base.config, {name: 2 * value if value else ABSENT}))
+        except Exception:  # whatever a class of transformers raises: it cannot be built so
+            continue
+        if built.shapes != base.shapes:
+            built_with.append(Build(name, value is None, built))
+    return built_with
+
+
+def changed(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config with other values; lists that are as long as a field that grows grow with it."""
+    values = {name: value for name, value in config.to_dict().items() if name not in DERIVED_FIELDS}
+    for name, new in fields.items():
+        old = values[name]
+        counts_layers = SIZE_OF.get(name, 3) == 3
+        if counts_layers and isinstance(old, int) and isinstance(new, int) and new > old > 1:
+            lengthen(values, old, [layer * old // new for layer in range(new)], fields)
+    return type(config).from_dict({**values, **fields})
+
+
+def candidates(size: int, config: PreTrainedConfig, hint: str) -> list[str]:
+    """Expressions of the config with this size, the likeliest first."""
+    numbers = {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, int) and not isinstance(value, bool) and value > 1 and not name.endswith("_token_id")
+    }
+    # A field whose name says what the axis is for comes first, then the usual names.
+    order = sorted(numbers, key=lambda name: (-sum(word in name for word in hint.split()), name not in SIZE_OF))
+    options = [name for name in order if numbers[name] == size]
+    options += [f"{a} / {b}" for a in order for b in order if a != b and numbers[a] == size * numbers[b]]
+    options += [f"{a} * {c}" for a in order for c in CONSTANTS if numbers[a] * c == size]
+    options += [f"{a} / {c}" for a in order for c in CONSTANTS if numbers[a] == size * c]
+    options += [f"{a} * {b}" for a in order for b in order if a < b and numbers[a] * numbers[b] == size]
+    options += [f"{a} + {c}" for a in order for c in (1, 2) if numbers[a] + c == size]
+    return [*options, str(size)]
+
+
+def choose(
+    sizes: Mapping[str, int],
+    hints: Mapping[str, str],
+    layouts: Mapping[str, Layout],
+    row_of: Any,
+    base: Skeleton,
+    others: Iterable[Build],
+) -> dict[str, str]:
+    """For each axis the expression of its size under which every dimension has its length in every build.
+
+    Axes whose sizes no expressions explain are left out.
+    """
+    others = list(others)
+    present = [base, *(build.skeleton for build in others if not build.was_absent)]
+    checks = [check for skeleton in present for check in _checks(sizes, layouts, row_of, skeleton)]
+    options = {name: candidates(size, base.config, hints.get(name, name)) for name, size in sizes.items()}
+    chosen: dict[str, str] = {}
+    for group in _groups(sizes, checks):
+        chosen |= _solve(group, options, checks)
+    for build in others:
+        if build.was_absent:
+            chosen = _with_field(chosen, build.field, _checks(chosen, layouts, row_of, build.skeleton))
+    return chosen
+
+
+def _checks(sizes: Collection[str], layouts: Mapping[str, Layout], row_of: Any, skeleton: Skeleton) -> list[Check]:
+    dimensions = {
+        (dim.parts, length)
+        for name, shape in skeleton.shapes.items()
+        for dim, length in zip(layouts.get(row_of(skeleton.base(name)), ()), shape, strict=False)
+        if all(axis in sizes for part in dim.parts for axis in part)
+    }
+    return [(parts, length, skeleton.config) for parts, length in dimensions]
+
+
+def _groups(names: Iterable[str], checks: list[Check]) -> list[set[str]]:
+    """Axes that stand in one dimension, directly or through others, are chosen together."""
+    groups = [{name} for name in names]
+    for check in checks:
+        joined = [group for group in groups if group & _axes(check)]
+        groups = [group for group in groups if group not in joined] + [set().union(*joined)]
+    return groups
+
+
+def _solve(group: set[str], options: Mapping[str, list[str]], checks: list[Check]) -> dict[str, str]:
+    """Choose for a group of axes; where no choice fits, for what is left without one of them."""
+    own = [check for check in checks if _axes(check) <= group]
+    chosen = _search(_order(group, options), {}, options, own, iter(range(TRIES)))
+    if chosen is not None or len(group) < 2:
+        return chosen or {}
+    rest = [group - {name} for name in sorted(group, key=lambda name: (name in ("hidden", "vocab"), name))]
+    smaller = [
+        {k: v for part in _groups(g, _within(g, own)) for k, v in _try(part, options, own).items()} for g in rest
+    ]
+    return max(smaller, key=len)
+
+
+def _within(group: set[str], checks: list[Check]) -> list[Check]:
+    return [check for check in checks if _axes(check) <= group]
+
+
+def _try(group: set[str], options: Mapping[str, list[str]], checks: list[Check]) -> dict[str, str]:
+    return _search(_order(group, options), {}, options, _within(group, checks), iter(range(TRIES // 10))) or {}
+
+
+def _order(group: Iterable[str], options: Mapping[str, list[str]]) -> list[str]:
+    """Heads before what is counted per head: their number may show in no shape at all."""
+    return sorted(group, key=lambda name: ("heads" not in name, len(options[name]), name))
+
+
+def _search(
+    names: list[str],
+    chosen: dict[str, str],
+    options: Mapping[str, list[str]],
+    checks: list[Check],
+    budget: Iterator[int],
+) -> dict[str, str] | None:
+    if len(chosen) == len(names):
+        return chosen
+    name = names[len(chosen)]
+    for expression in options[name]:
+        if next(budget, None) is None:
+            return None
+        tried = {**chosen, name: expression}
+        ready = [c for c in checks if {name} <= _axes(c) <= tried.keys()]
+        if all(_holds(check, tried) for check in ready):
+            complete = _search(names, tried, options, checks, budget)
+            if complete:
+                return complete
+    return None
+
+
+def _with_field(chosen: dict[str, str], field: str, checks: list[Check]) -> dict[str, str]:
+    """The field put before the one expression that it overrules."""
+    for name, expression in chosen.items():
+        tried = {**chosen, name: f"{field} or {expression}"}
+        if not all(_holds(c, chosen) for c in checks) and all(_holds(c, tried) for c in checks):
+            return tried
+    return chosen
+
+
+def _axes(check: Check) -> set[str]:
+    return {axis for part in check[0] for axis in part}
+
+
+def _holds(check: Check, chosen: Mapping[str, str]) -> bool:
+    parts, length, config = check
+    values = {axis: size_of(chosen[axis], config) for axis in _axes(check)}
+    return None not in values.values() and sum(prod(values[axis] or 0 for axis in part) for part in parts) == length

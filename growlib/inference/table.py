@@ -1,0 +1,132 @@
+"""From the layouts of a draft to a table: which field says how long an axis is, what follows what, what to zero."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from growlib.architectures.schema import Architecture, Axis, Stack
+from growlib.errors import GrowError
+from growlib.growth_plan import Skeleton
+from growlib.inference.draft import FIXED, Draft, head_norm_of, is_hidden, is_post_norm, norm_after
+from growlib.inference.sizes import Build, choose
+from growlib.layouts import Dim
+
+
+def table_of(state: Draft, base: Skeleton, others: list[Build]) -> Architecture:
+    if any(axis == "raw" for layout in state.rows.values() for d in layout for p in d.parts for axis in p):
+        state.sizes["raw"] = state.hidden
+    hints = {"hidden": "hidden", "raw": "hidden", "vocab": "vocab", "positions": "positions", **state.hints}
+    # A field that adds or removes tensors makes another table, whose sizes say nothing about this one.
+    rows = {state.row_of(base.base(name)) for name in base.shapes}
+    alike = [b for b in others if {state.row_of(base.base(name)) for name in b.skeleton.shapes} == rows]
+    bound = [b.field for b in others if b not in alike and getattr(base.config, b.field) == state.hidden]
+    _only_hidden(state, base, alike)
+    sizes = choose(state.sizes, hints, state.rows, state.row_of, base, alike)
+    if "hidden" not in sizes:
+        asked = f"inferring the table of {type(state.model).__name__}"
+        raise GrowError(asked, "no config field says how wide its blocks are", "a table in growlib/architectures")
+    state.rows = {row: tuple(_known(dim, sizes) for dim in layout) for row, layout in state.rows.items()}
+    used = {axis for layout in state.rows.values() for dim in layout for part in dim.parts for axis in part}
+    known = [name for name in state.sizes if name in used and name in sizes]
+    axes = {name: Axis(sizes[name], _role(state, name), **_groups(state, name, sizes)) for name in known}
+    per_token, routed = _per_token(base.config, axes)
+    axes |= per_token
+    return Architecture(
+        model_type=base.config.model_type,
+        stacks=tuple(_with_writers(state, stack) for stack in state.stacks),
+        axes=axes,
+        tensors=state.rows,
+        ties=_ties(state),
+        head_norm=state.key(head_norm_of(state)).rstrip("."),
+        follows=_follows(axes)
+        | routed
+        | {field: axes["hidden"].size for field in bound if field != axes["hidden"].size},
+    )
+
+
+def _only_hidden(state: Draft, base: Skeleton, others: list[Build]) -> None:
+    """Dimensions that have the width's length by chance keep theirs: those that it does not explain in every build."""
+    skeletons = [base, *(build.skeleton for build in others if not build.was_absent)]
+    fields = [f for f, v in base.config.to_dict().items() if type(v) is int and v == state.hidden]
+
+    def chance(field: str) -> set[tuple[str, int]]:
+        return {
+            (row, i)
+            for skeleton in skeletons
+            for name, shape in skeleton.shapes.items()
+            for row in [state.row_of(skeleton.base(name))]
+            for i, (dim, length) in enumerate(zip(state.rows.get(row, ()), shape, strict=False))
+            if dim.parts == (("hidden",),) and length != getattr(skeleton.config, field)
+        }
+
+    for row, i in min(map(chance, fields), key=len, default=set()):
+        layout = state.rows[row]
+        fixed = replace(FIXED, side=layout[i].side)
+        state.rows[row] = (*layout[:i], fixed, *layout[i + 1 :])
+
+
+def _known(dim: Dim, sizes: dict[str, str]) -> Dim:
+    """A dimension whose axes have no known size stays as it is."""
+    known = all(axis in sizes for part in dim.parts for axis in part)
+    return dim if known else Dim(FIXED.parts, dim.side, offset=dim.offset)
+
+
+def _role(state: Draft, axis: str) -> str:
+    if axis == "raw":
+        return "unscaled"
+    if axis == "hidden":
+        centred = any(norm.centred for name, norm in state.norms.items() if is_hidden(state, name))
+        return "post_layer_norm" if centred and is_post_norm(state) else "layer_norm" if centred else "rms_norm"
+    scaled = [layout[0].parts[0] for layout in state.rows.values() if layout and layout[0].side == "scale"]
+    together = any(len(part) > 1 and part[0] == axis for part in scaled)
+    return f"normed_{state.roles[axis]}" if together else state.roles[axis]
+
+
+def _groups(state: Draft, axis: str, sizes: dict[str, str]) -> dict[str, str]:
+    kv_heads = axis.replace("heads", "kv_heads")
+    return {"groups": kv_heads} if state.roles.get(axis) == "query_heads" and kv_heads in sizes else {}
+
+
+def _per_token(config: Any, axes: dict[str, Axis]) -> tuple[dict[str, Axis], dict[str, str]]:
+    """The experts' axes with that of how many act on a token, which no shape shows; its field follows theirs."""
+    fields = [f for f, v in config.to_dict().items() if type(v) is int and re.search(r"per_tok|top_?k", f)]
+    field = next((field for field in fields if "group" not in field), "")
+    experts = {name: axis for name, axis in axes.items() if axis.role == "experts"}
+    if not field or not experts:
+        return {name: replace(axis, role="") for name, axis in experts.items()}, {}
+    told = {name: replace(axis, per_token="per_token") for name, axis in experts.items()}
+    return told | {"per_token": Axis(field)}, {field: next(iter(experts.values())).size}
+
+
+def _follows(axes: dict[str, Axis]) -> dict[str, str]:
+    """Heads grow with the width where head_dim is the one over the other."""
+    following = {}
+    for axis in axes.values():
+        width, divided, heads = axis.size.partition(" / ")
+        if divided and width == axes["hidden"].size and any(a.size == heads for a in axes.values()):
+            following[heads] = width
+    return following
+
+
+def _ties(state: Draft) -> dict[str, str]:
+    """The tensors that stand under a second name, or may: {alias: tensor}."""
+    keys = state.model._tied_weights_keys
+    pairs = dict(keys) if isinstance(keys, dict) else {}
+    strip = state.prefix
+    return {alias.removeprefix(strip): name.removeprefix(strip) for alias, name in pairs.items()}
+
+
+def _with_writers(state: Draft, stack: Stack) -> Stack:
+    """What to zero in a new block: the norm after a map that writes the stream, or else the map."""
+    writers: dict[str, None] = {}
+    for row, layout in state.rows.items():
+        if not row.startswith(stack.block) or not any(d.side == "write" and d.parts == (("hidden",),) for d in layout):
+            continue
+        name = row.removeprefix(stack.block)
+        module = name.rpartition(".")[0] if name.rpartition(".")[2] in ("weight", "bias") else name
+        full = state.prefix + stack.block.replace("*", "0") + module
+        norm = norm_after(state, full) if full in state.seen.outputs else None
+        if norm and not stack.last_norm:
+            module = norm.removeprefix(state.prefix + stack.block.replace("*", "0"))
+        writers[module] = None
+    return replace(stack, writers=tuple(writers))

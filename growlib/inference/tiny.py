@@ -1,0 +1,115 @@
+"""A tiny model of a class: the config's own switches, small sizes that can be told apart, every parameter random."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from growlib.config import DERIVED_FIELDS
+from growlib.errors import GrowError
+from growlib.outputs import inputs_of, outputs
+
+# Small sizes, distinct where two of them could stand in one tensor, by the names that configs give them.
+SIZES = {
+    64: "hidden_size n_embd d_model n_embed dim embed_dim emb_dim model_dim",
+    48: "word_embed_proj_dim embedding_size",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads",
+    2: "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok moe_topk",
+    24: "head_dim d_kv kv_channels attention_head_size qk_nope_head_dim",
+    20: "v_head_dim",
+    16: "mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size",
+    8: "qk_rope_head_dim num_local_experts num_experts n_routed_experts rotary_dim moe_num_experts patch_size",
+    12: "kv_lora_rank",
+    28: "q_lora_rank",
+    80: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim hidden_dim",
+    40: "moe_intermediate_size expert_ffn_hidden_size",
+    56: "shared_expert_intermediate_size shared_intermediate_size block_ff_dim",
+    96: "max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len",
+    3: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers",
+    101: "vocab_size",
+    32: "image_size hidden_size_per_layer_input",
+    5: "num_shared_experts n_shared_experts",
+    1: "first_k_dense_replace n_group topk_group num_dense_layers moe_layer_start_index",
+}
+SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
+SCANNED = {"num_heads": 4, "head_dim": 32, "mamba_n_heads": 8, "mamba_d_head": 16}
+LARGEST = 3_000_000  # parameters of a model that is still tiny
+
+
+def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+    """The config with small sizes. Everything else, per-layer lists aside, stays: it may decide what a tensor is.
+
+    Raises GrowError where no small model of the class can be built and run.
+    """
+    asked = f"building a tiny {model_class.__name__}"
+    nested = {name: value for name, value in config.to_dict().items() if isinstance(value, dict)}
+    parts = [name for name, value in nested.items() if value.keys() & set(SIZES[64].split())]
+    if parts:
+        valid = "a part of it, such as its language model"
+        raise GrowError(asked, f"it is made of several configs: {', '.join(parts)}", valid)
+    fields = _small(config)
+    head_dim = {"head_dim": 16} if "head_dim" in fields else {}
+    no_groups = {"num_key_value_heads": 4} if "num_key_value_heads" in fields else {}
+    unset = {name: SIZE_OF[name] for name, value in fields.items() if value is None and name in SIZE_OF}
+    unset |= {name: 0 for name in ("pad_token_id", "mask_token_id") if fields.get(name, 0) is None}
+    wrong: Exception | None = None
+    # A scan's state is often twice as wide as hidden.
+    scanned = {name: size for name, size in SCANNED.items() if name in fields}
+    for more in ({}, head_dim, no_groups, no_groups | head_dim, unset, unset | head_dim, scanned):
+        try:
+            small = type(config).from_dict({**fields, **more})
+            with torch.device("meta"):
+                count = sum(p.numel() for p in model_class(copy.deepcopy(small)).parameters())
+            if count <= LARGEST:
+                model = tiny_model(model_class, small)
+                outputs(model, inputs_of(model))
+                return small
+            wrong = wrong or ValueError(f"its small model has {count:,} parameters")
+        except Exception as error:  # whatever a class of transformers raises
+            wrong = wrong or error
+    reason = str(wrong).strip().splitlines() or [type(wrong).__name__]
+    raise GrowError(asked, reason[0], "a class that can be built at small sizes, or a table in growlib/architectures")
+
+
+def _small(config: PreTrainedConfig) -> dict[str, Any]:
+    fields = {name: value for name, value in config.to_dict().items() if name not in DERIVED_FIELDS}
+    old_layers = {fields[n] for n in SIZES[3].split() if isinstance(fields.get(n), int)}
+    wide = {fields[n] for n in SIZES[64].split() if isinstance(fields.get(n), int)}
+    for name, value in list(fields.items()):
+        if isinstance(value, bool) or name.startswith("_"):
+            continue
+        if isinstance(value, int) and SIZE_OF.get(name) == 48 and value in wide:
+            fields[name] = 64  # a field that says the hidden size again goes on to do so
+        elif isinstance(value, int) and name in SIZE_OF:
+            fields[name] = min(value, SIZE_OF[name]) if SIZE_OF[name] < 4 else SIZE_OF[name]
+        elif isinstance(value, list) and len(value) in old_layers and len(value) > 3:
+            fields[name] = _few_of(value)
+        elif name.endswith("_token_id") and value is not None:
+            fields[name] = 0
+    if "qk_rope_head_dim" in fields and "head_dim" in fields:
+        fields["head_dim"] = fields["qk_rope_head_dim"]  # latent attention calls its rotated share so
+    return fields
+
+
+def _few_of(per_layer: list[Any]) -> list[Any]:
+    """Three of a per-layer list, with all of its kinds where three suffice."""
+    kinds = list(dict.fromkeys(map(str, per_layer)))
+    few = [next(v for v in per_layer if str(v) == kind) for kind in kinds[:3]]
+    return few + [per_layer[0]] * (3 - len(few))
+
+
+def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, spread: float = 0.1) -> PreTrainedModel:
+    """A model in eval mode, every parameter drawn anew: a table that only works at initialisation must fail."""
+    torch.manual_seed(0)
+    model = model_class._from_config(copy.deepcopy(config), attn_implementation="eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            width = spread if parameter.ndim > 1 else 0.4
+            centre = parameter.mean().round().item() if parameter.ndim == 1 else 0.0
+            if not torch.isfinite(parameter).all() or name.endswith("A_log"):
+                continue
+            parameter.copy_(centre + width * torch.randn(parameter.shape, generator=generator))
+    model.config.use_cache = False
+    return model.float().eval()

@@ -1,0 +1,131 @@
+"""Grow a tiny model of a class by a table, every parameter random, and compare what it computes."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from growlib.apply import apply
+from growlib.architectures.schema import EVERYTHING, EXACT, Architecture, Growth, Verdict
+from growlib.checkpoint import empty_model, fill, skeleton, skeleton_of
+from growlib.inference.sizes import changed
+from growlib.operators import method
+from growlib.outputs import TOLERANCE, distance, inputs_of, outputs
+from growlib.planner import Request, make_plan
+
+RATIOS: tuple[tuple[Any, float], ...] = (("x2", 2.0), ("x1.5", 1.5))
+SEEDS = (1, 2)  # of the inputs
+
+
+class Trial(NamedTuple):
+    """One growth of the tiny model: what grew, and the verdict."""
+
+    grew: frozenset[Growth]
+    verdict: Verdict
+
+
+def trial(table: Architecture, model: PreTrainedModel, fields: Mapping[str, Any]) -> Trial:
+    """Grow the model to these config fields, and compare on two inputs."""
+    try:
+        target = changed(model.config, fields)
+        wide = skeleton_of(type(model), target)
+        plan = make_plan(Request(table, method("lossless"), 0, skeleton(model), wide))
+        grew = frozenset(
+            Growth(name, "deeper")
+            if name in plan.layers
+            else Growth.of(name, plan.old_sizes[name], plan.new_sizes[name])
+            for name in plan.grows
+        )
+        if plan.reasons:
+            return Trial(grew, Verdict("inexact", "; ".join(plan.reasons)))
+        grown = empty_model(model, target, torch.float32)
+        fill(grown, apply(plan, model.state_dict()))
+        worst = max(apart(model, grown, seed) for seed in SEEDS)
+    except Exception as failure:  # the class, the table or the plan refuses
+        lines = str(failure.__cause__ or failure).strip().splitlines() or [type(failure).__name__]
+        return Trial(frozenset(), Verdict("refused", lines[-1].strip()))
+    if worst <= TOLERANCE:
+        return Trial(grew, EXACT)
+    return Trial(grew, Verdict("inexact", f"a tiny model differs by {worst:.1g} of its outputs' spread"))
+
+
+def apart(model: PreTrainedModel, grown: PreTrainedModel, seed: int) -> float:
+    """The largest difference of what they compute, in shares of the spread of the first one's output."""
+    given = inputs_of(model, seed=seed)
+    return distance(outputs(model, given), outputs(grown, given)).relative
+
+
+def growths(table: Architecture, config: PreTrainedConfig) -> Iterator[tuple[Growth, list[dict[str, Any]]]]:
+    """What to try for each axis: (its growth, config fields to try until one can be built)."""
+    for layers, count in table.layer_counts(config).items():
+        yield Growth(layers, "deeper"), [{layers: count + 2}, {layers: 2 * count}]
+    wide = _fields(table, table.axes["hidden"].size)[:1]
+    for name, axis in table.axes.items():
+        if not axis.role or axis.role == "unscaled":
+            continue
+        own = _fields(table, axis.size)[:1]
+        if axis.groups:
+            own += _fields(table, table.axes[axis.groups].size)[:1]
+        if name == "kv_heads":
+            own += [field for a in table.axes.values() if a.groups == name for field in _fields(table, a.size)[:1]]
+        for ratio, number in RATIOS:
+            alone, together = (
+                {field: int(getattr(config, field) * number) for field in fields} for fields in (own, [*own, *wide])
+            )
+            yield (
+                Growth(name, ratio),
+                [
+                    alone | followers(table, config, alone),
+                    together | followers(table, config, together, heads=False),
+                ],
+            )
+
+
+def followers(
+    table: Architecture, config: PreTrainedConfig, fields: Mapping[str, int], heads: bool = True
+) -> dict[str, int]:
+    """The fields that grow with these: the ones that say the same size again, and the heads."""
+    following = {}
+    for field, width in table.follows.items():
+        if width in fields and field not in fields:
+            same = getattr(config, field) == getattr(config, width)
+            if same:
+                following[field] = fields[width]
+            elif heads:
+                following[field] = getattr(config, field) * fields[width] // getattr(config, width)
+    return following
+
+
+def _fields(table: Architecture, size: str) -> list[str]:
+    return [word for word in size.split(" or ")[-1].split() if word in table.size_fields()]
+
+
+def verdicts(table: Architecture, model: PreTrainedModel) -> dict[Growth, Verdict]:
+    """The verdict on each growth that the model can make, and on all of them together."""
+    exact: set[Growth] = set()
+    wrong: dict[Growth, Verdict] = {}
+    together: dict[str, int] = {}
+    for growth, options in growths(table, model.config):
+        grew, verdict = Trial(frozenset(), EXACT)
+        for fields in options:
+            grew, verdict = trial(table, model, fields)
+            if growth in grew:
+                break
+        if not verdict.exact:
+            wrong[growth] = verdict
+            wrong |= dict.fromkeys(grew - wrong.keys(), verdict)
+        elif growth in grew:
+            exact |= grew
+            together |= {} if growth.ratio == "x1.5" else {k: max(v, together.get(k, 0)) for k, v in fields.items()}
+        else:
+            wrong[growth] = Verdict("refused", "it could not be grown by itself")
+    exact_ones = dict.fromkeys(sorted(exact), EXACT)
+    return wrong | exact_ones | {EVERYTHING: trial(table, model, together).verdict}
+
+
+def unverified(table: Architecture, why: str) -> dict[Growth, Verdict]:
+    """The verdicts where no tiny model can be built."""
+    refused = Verdict("refused", f"no tiny model can prove it: {why}")
+    kinds = [Growth(name, ratio) for name in table.axes for ratio, _ in RATIOS]
+    return dict.fromkeys([*kinds, *(Growth(stack.layers, "deeper") for stack in table.stacks), EVERYTHING], refused)

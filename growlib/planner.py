@@ -1,0 +1,283 @@
+"""Decide a growth: from two skeletons and a method to the frozen plan."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedConfig
+
+from growlib import contract
+from growlib.architectures.schema import Architecture, Axis, Stack
+from growlib.errors import GrowError
+from growlib.growth_plan import GrowthPlan, Shape, Skeleton, TensorPlan
+from growlib.layouts import Dim, Layout
+from growlib.maps import AxisMap, LayerMap, split_evenly
+from growlib.operators import Method
+from growlib.reasons import of_architecture, of_config
+
+Maps = Mapping[str, AxisMap]
+Layers = Mapping[str, LayerMap]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to grow into what, and how."""
+
+    table: Architecture
+    method: Method
+    seed: int
+    source: Skeleton
+    target: Skeleton
+
+    @property
+    def asked(self) -> str:
+        return f"growing {self.table.model_type} with method {self.method.name!r}"
+
+    @cached_property
+    def old(self) -> dict[str, int]:
+        return self._sizes(self.source)
+
+    @cached_property
+    def new(self) -> dict[str, int]:
+        return self._sizes(self.target)
+
+    @property
+    def grows(self) -> set[str]:
+        """The axes and stacks that get longer."""
+        return {name for name in self.old if self.new[name] != self.old[name]}
+
+    def _sizes(self, model: Skeleton) -> dict[str, int]:
+        return {**self.table.layer_counts(model.config), **self.table.sizes(model.config)}
+
+
+def make_plan(request: Request) -> GrowthPlan:
+    """Decide a growth. Raises GrowError where the request has no meaning; what is only inexact becomes a reason."""
+    table, method, source, target = request.table, request.method, request.source, request.target
+    _check_request(request)
+    maps = _maps(request)
+    layers = {stack.layers: _fitted(_layer_map(request, stack), stack, source, target) for stack in table.stacks}
+    maps |= {name: _of_layers(layers[axis.size]) for name, axis in table.axes.items() if axis.role == "layers"}
+    tensors = tuple(_tensors(request, maps, layers))
+    _check_shapes(request, tensors)
+    _check_all_used(request, layers, tensors)
+    reasons = [axis_map.inexact for axis_map in maps.values() if axis_map.inexact]
+    reasons += [stack.inexact for stack in layers.values() if stack.inexact]
+    reasons += contract.broken(table, maps, request.old, request.new)
+    reasons += of_architecture(table, request.old, request.new, request.grows, source.config, target.config)
+    reasons += of_config(table, layers, source.config, target.config)
+    return GrowthPlan(
+        method=method.name,
+        seed=request.seed,
+        model_class=source.model_class,
+        source=source.config,
+        config=target.config,
+        old_sizes=request.old,
+        new_sizes=request.new,
+        roles={name: axis.role for name, axis in table.axes.items()},
+        maps={name: _for_scores(axis_map, table.axes[name], source.config) for name, axis_map in maps.items()},
+        layers=layers,
+        tensors=tensors,
+        reasons=tuple(dict.fromkeys(reasons)),
+        initializer_range=getattr(source.config, "initializer_range", 0.02),
+        learned=method.learned,
+    )
+
+
+def _check_request(request: Request) -> None:
+    """Raise GrowError for sizes that shrink and for a growth that the method does not know."""
+    asked, method, old, new = request.asked, request.method, request.old, request.new
+    depths = request.table.layer_counts(request.source.config).keys()
+    field = {name: axis.size for name, axis in request.table.axes.items()} | {name: name for name in depths}
+    shrinks = dict.fromkeys(f"{field[name]} {old[name]} -> {new[name]}" for name in old if new[name] < old[name])
+    if shrinks:
+        raise GrowError(asked, f"sizes would shrink: {', '.join(shrinks)}", "sizes at least the source's")
+    if method.width is None and (wider := request.grows - depths):
+        wrong = f"{method.name} grows depth only, and {', '.join(sorted(wider))} would grow"
+        raise GrowError(asked, wrong, f"method 'lossless+{method.name}'")
+    if method.depth is None and request.grows & depths:
+        raise GrowError(asked, f"{method.name} does not grow depth", f"method '{method.name}+lossless'")
+
+
+def _maps(request: Request) -> dict[str, AxisMap]:
+    """The method's map of each axis."""
+    method, old, new, maps = request.method, request.old, request.new, {}
+    for name, axis in request.table.axes.items():
+        if method.width and axis.role and axis.role != "layers":
+            made = method.width(name, axis, old, new, request.seed)
+            maps[name] = contract.checked_map(made, method.name, name, axis, old[name], new[name])
+    return maps
+
+
+def _layer_map(request: Request, stack: Stack) -> LayerMap:
+    return layer_map(request.method, request.old[stack.layers], request.new[stack.layers])
+
+
+def layer_map(method: Method, old: int, new: int) -> LayerMap:
+    """The method's map of one stack; a method without depth leaves it as it is."""
+    if method.depth is None:
+        return LayerMap(old, tuple(range(old)), (False,) * old)
+    return contract.checked_layers(method.depth(old, new), method.name, old, new)
+
+
+def _fitted(layers: LayerMap, stack: Stack, source: Skeleton, target: Skeleton) -> LayerMap:
+    """The map with each layer copied from one with the same tensors: in some classes the first layers are others."""
+    have, need = _layer_kinds(stack, source), _layer_kinds(stack, target)
+    if all(need.get(t) == have.get(s) for t, s in enumerate(layers.source)):
+        return layers
+    like = [[s for s in range(layers.old) if have.get(s) == need.get(t)] for t in range(len(layers.source))]
+    if not all(like):
+        return layers
+    nearest = tuple(min(like[t], key=lambda s: abs(s - source)) for t, source in enumerate(layers.source))
+    if not any(layers.identity):
+        return dataclasses.replace(layers, source=nearest) if set(nearest) == set(layers.source) else layers
+    acting, place = {}, 0  # old layers in their order, each in the first place that takes it
+    for t, options in enumerate(like):
+        if place in options:
+            acting[t], place = place, place + 1
+    if place < layers.old:
+        return layers
+    chosen = tuple(acting.get(t, nearest[t]) for t in range(len(nearest)))
+    return dataclasses.replace(layers, source=chosen, identity=tuple(t not in acting for t in range(len(chosen))))
+
+
+def _layer_kinds(stack: Stack, model: Skeleton) -> dict[int, set[str]]:
+    """For each layer the names of its tensors, and what the config's per-layer lists say about it."""
+    kinds: dict[int, set[str]] = defaultdict(set)
+    for name in model.shapes:
+        base = model.base(name)
+        if (layer := stack.layer_of(base)) is not None:
+            kinds[layer].add(base.partition(f".{layer}.")[2])
+    for key, value in model.config.to_dict().items():
+        if isinstance(value, list) and len(value) == len(kinds):
+            for layer, kind in enumerate(value):
+                kinds[layer].add(f"{key}: {kind}")
+    return dict(kinds)
+
+
+def _of_layers(layers: LayerMap) -> AxisMap:
+    """What reads something of each layer reads it of those that act."""
+    source = np.where(layers.identity, -1, layers.source)
+    return AxisMap(layers.old, source, split_evenly(layers.old, source))
+
+
+def _for_scores(axis_map: AxisMap, axis: Axis, config: PreTrainedConfig) -> AxisMap:
+    """The map, less the growth of 1/sqrt(head_dim) that it takes back, where the scores have no such factor."""
+    if not axis.scaled_by or (axis.scaled_by != "never" and getattr(config, axis.scaled_by)):
+        return axis_map
+    wider = (axis_map.new / axis_map.old) ** 0.5
+    if axis_map.new_writes == "zero":  # queries under a norm, whose weight holds the scale
+        return dataclasses.replace(axis_map, gain=axis_map.gain / wider)
+    return dataclasses.replace(axis_map, write=axis_map.write / wider)
+
+
+def _tensors(request: Request, maps: Maps, layers: Layers) -> Iterator[TensorPlan]:
+    """A plan for each tensor of the target."""
+    table, source, target = request.table, request.source, request.target
+    _check_known(request)
+    tied = {_head_reads(table, pair) for pair in table.ties.items() if set(pair) & target.aliases}
+    wider = request.new["hidden"] / request.old["hidden"]
+    embedding, head = wider**-table.embedding_power, wider**-table.head_power
+    for name, new_shape in target.shapes.items():
+        row, stack, layer = table.template(target.base(name))
+        if table.ties.get(row) in target.aliases:
+            row = table.ties[row]  # a tied head that stands before its embedding grows as the embedding does
+        layout, constant, origin, more = table.tensors[row], None, row, {}
+        if stack:
+            origin = row.replace("*", str(layers[stack.layers].source[layer]), 1)
+            constant = _identity_constant(stack, row, layer, layers[stack.layers])
+            more = _other_layers(row, layer, layers[stack.layers], layout, maps, source)
+        names = [origin, *(n for pair in table.ties.items() if origin in pair for n in pair)]
+        taken = next((full for base in names if (full := source.find(base))), None)
+        if taken is None and not row.endswith(".bias"):
+            raise GrowError(request.asked, f"the source has no tensor for {name}", "a class with the source's tensors")
+        looked_up = layout and layout[0].parts == (("vocab",),) and layout[0].side == "read"
+        factor = embedding if looked_up else 1.0
+        if row.startswith(table.head_norm + ".") and (not stack or layer == len(layers[stack.layers].source) - 1):
+            (axis,) = layout[0].parts[0]
+            factor = head * (maps[axis].tied_gain / embedding if axis in tied and axis in maps else 1.0)
+        old_shape = source.shapes[taken] if taken else _shape(layout, request.old, new_shape)
+        yield TensorPlan(name, taken, layout, old_shape, new_shape, constant, factor, **more)
+
+
+def _check_known(request: Request) -> None:
+    table, target = request.table, request.target
+    unknown = [name for name in target.shapes if table.template(target.base(name))[0] not in table.tensors]
+    if unknown:
+        wrong = f"the {table.model_type} table does not know the tensors {', '.join(unknown)}"
+        raise GrowError(request.asked, wrong, "a class whose tensors are all in growlib/architectures")
+
+
+def _other_layers(
+    row: str, layer: int, layers: LayerMap, layout: Layout, maps: Mapping[str, AxisMap], source: Skeleton
+) -> dict[str, Any]:
+    """What a layer's tensor takes beside its source: the twin in the next layer, and noise on a repeated layer."""
+    origin, again = layers.source[layer], layers.source[layer] in layers.source[:layer]
+    share = layers.share[layer] if layers.share else 0.0
+    writes = [axis for dim in layout if dim.side == "write" for part in dim.parts for axis in part]
+    this, following = (source.find(row.replace("*", str(place), 1)) for place in (origin, origin + 1))
+    wanted = share or any(axis in maps and maps[axis].from_next for axis in writes)
+    if not (wanted and this and following and source.shapes[this] == source.shapes[following]):
+        following, share = None, 0.0
+    noise = layers.noise if again and not layers.identity[layer] else 0.0
+    return {"following": following, "share": share, "noise": noise, "added": layers.identity[layer]}
+
+
+def _head_reads(table: Architecture, rows: tuple[str, str]) -> str | None:
+    """The axis that a head reads, where one of the rows writes the vocabulary."""
+    layouts = [table.tensors[row] for row in rows if row in table.tensors]
+    heads = [layout for layout in layouts if len(layout) == 2 and layout[0] == Dim((("vocab",),), "write")]
+    return heads[0][1].parts[0][0] if heads else None
+
+
+def _identity_constant(stack: Stack, row: str, layer: int, layers: LayerMap) -> float | None:
+    """What makes a new block the identity: zero writers; in a post-norm block, also norms of (1, 0).
+
+    The last of the blocks that stand in for a source layer keeps that layer's last norm (design: post-norm depth).
+    """
+    name = row.removeprefix(stack.block)
+    part, _, kind = name.rpartition(".")
+    identity = layers.identity[layer]
+    followed = layer + 1 < len(layers.identity) and layers.identity[layer + 1]
+    if identity and (part in stack.writers or name in stack.writers):
+        return 0.0
+    if (identity and part in stack.inner_norms) or (followed and part == stack.last_norm):
+        return 1.0 if kind == "weight" else 0.0
+    return None
+
+
+def _shape(layout: Layout, sizes: Mapping[str, int], shape: Shape) -> Shape:
+    """The shape that a layout has under these sizes. An axis without a size (`fixed`) keeps its length in `shape`."""
+    return tuple(
+        sum(prod(sizes[axis] for axis in part) for part in dim.parts) if dim.parts[0][0] in sizes else length
+        for dim, length in zip(layout, shape, strict=True)
+    )
+
+
+def _check_shapes(request: Request, tensors: tuple[TensorPlan, ...]) -> None:
+    for made in tensors:
+        for shape, sizes in ((made.old_shape, request.old), (made.new_shape, request.new)):
+            right = _shape(made.layout, sizes, made.old_shape)
+            if shape == right:
+                continue
+            if request.table.proven is None:
+                valid = f"{right}, by config and table"
+                raise GrowError(request.asked, f"{made.name} has the shape {shape}", valid)
+            wrong = f"{made.name} would change from {made.old_shape} to {shape}, and inference cannot tell how"
+            raise GrowError(request.asked, wrong, f"sizes that leave it {right}, or a table in growlib/architectures")
+
+
+def _check_all_used(request: Request, layers: Layers, tensors: tuple[TensorPlan, ...]) -> None:
+    used, lost = {made.source for made in tensors}, []
+    for name in request.source.shapes:
+        _, stack, layer = request.table.template(request.source.base(name))
+        if name not in used and (stack is None or layer in layers[stack.layers].source):
+            lost.append(name)
+    if lost:
+        wrong = f"the target has no place for the source's {', '.join(lost)}"
+        valid = "a target with the source's tensors (compare tie_word_embeddings and the bias flags)"
+        raise GrowError(request.asked, wrong, valid)
