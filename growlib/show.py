@@ -9,7 +9,6 @@ from growlib.maps import FILLINGS, AxisMap, LayerMap, Side, copy_numbers
 SHARED, NEXT, COPIED = "▓", "▚", "█"
 SIGNS = [FILLINGS["zero"].sign, FILLINGS["free"].sign, FILLINGS["mean"].sign, NEXT, SHARED, COPIED]
 LEGEND = "█ copied   ▓ shared among copies   ▚ of the next layer   ▒ mean   ░ new   · zero"
-BAR = 24
 
 
 def axis_shares(axis_map: AxisMap, side: Side, following: bool = False, own: bool = False) -> np.ndarray:
@@ -44,10 +43,10 @@ def shares_of(layout: Layout, growth: GrownAxes, following: bool) -> np.ndarray:
     return shares
 
 
-def bar(shares: np.ndarray) -> str:
-    """Shares as BAR characters, the copied first; a share that is not zero shows."""
-    counts = np.where(shares > 0, np.maximum(1, np.floor(shares * BAR)), 0).astype(int)
-    counts[np.argmax(counts)] += BAR - counts.sum()
+def bar(shares: np.ndarray, length: int) -> str:
+    """Shares as so many characters, the copied first; a share that is not zero shows."""
+    counts = np.where(shares > 0, np.maximum(1, np.floor(shares * length)), 0).astype(int)
+    counts[np.argmax(counts)] += length - counts.sum()
     return "".join(sign * count for sign, count in reversed(list(zip(SIGNS, counts, strict=True))))
 
 
@@ -58,10 +57,10 @@ def layer_names(stack: LayerMap) -> list[str]:
 
 
 def split_layer(name: str) -> tuple[str, str]:
-    """A tensor's name with `*` for the layer's number, and that number."""
-    words = name.split(".")
+    """A tensor's name with `*` for the layer's number, and that number. `.weight` goes without saying."""
+    words = name.removesuffix(".weight").split(".")
     layer = next((word for word in words if word.isdigit()), "")
-    return ".".join("*" if word == layer else word for word in words) if layer else name, layer
+    return ".".join("*" if layer and word == layer else word for word in words), layer
 
 
 def layer_ranges(layers: list[str]) -> str:

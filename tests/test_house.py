@@ -118,7 +118,9 @@ def test_the_public_face_is_seen_by_people_and_by_type_checkers():
 
 
 def test_importing_growlib_imports_nothing_heavy():
-    code = "import sys, growlib, growlib.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys, growlib, growlib.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -355,12 +355,9 @@ def test_check_shows_the_table_the_candidates_and_the_verdict(capsys):
     from growlib.cli import main
 
     assert main(["families", "--check", "gpt_neox"]) == 0
-    shown = capsys.readouterr().out
-    assert re.search(r"attention.query_key_value.weight +\(heads ", shown)
-    assert re.search(
-        r"query x2: no rotation, .* +a tiny model differs.*\n.*by halves, .*partial_rotary_factor of it, .* +exact",
-        shown,
-    )
+    shown = " ".join(capsys.readouterr().out.split())  # cells may be wrapped
+    assert "attention.query_key_value.weight (heads " in shown
+    assert re.search(r"no rotation, scores.* a tiny model differs.*by halves, .* of it, .* exact", shown)
     assert re.search(r"query x1.5 +.*rotary frequencies match only", shown)
     assert main(["families", "--check", "lama"]) == 2
 

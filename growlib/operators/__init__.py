@@ -169,7 +169,7 @@ def _one(asked: str, name: str) -> Method:
         return _imported(asked, name)
     if name not in _table:
         close = difflib.get_close_matches(name, _table, n=1)
-        wrong = f"there is no method {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+        wrong = f"there is no method {name!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
         raise GrowError(f"method {asked!r}", wrong, _valid())
     return _table[name]
 
