@@ -64,7 +64,8 @@ def broken(table: Architecture, maps: Mapping[str, AxisMap], old: Sizes, new: Si
     reasons = []
     for name, axis_map in maps.items():
         axis = table.axes[name]
-        if axis_map.inexact or axis_map.is_identity or axis.role in ("", "layers"):
+        regrouped = axis.groups in maps and not maps[axis.groups].is_identity
+        if axis_map.inexact or axis.role in ("", "layers") or (axis_map.is_identity and not regrouped):
             continue
         if why := _entry_fault(axis, axis_map) or _norm_fault(axis, axis_map) or _partner_fault(table, name, maps):
             reasons.append(f"the map of axis {name} ({axis.size} {old[name]} -> {new[name]}) is not exact: {why}")

@@ -190,9 +190,9 @@ class GrowthPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "GrowthPlan":
         """The plan that `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
-        simple = ("method", "seed", "model_class", "old_sizes", "new_sizes", "roles", "initializer_range", "learned")
         return cls(
-            **{name: data[name] for name in simple},
+            **{name: data[name] for name in ("method", "seed", "model_class", "initializer_range", "learned")},
+            **{name: dict(data[name]) for name in ("old_sizes", "new_sizes", "roles")},
             source=_config(data["source_config"]),
             config=_config(data["config"]),
             maps={name: AxisMap.from_dict(axis_map) for name, axis_map in data["axes"].items()},

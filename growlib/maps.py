@@ -65,7 +65,8 @@ class AxisMap:
 
     @property
     def is_identity(self) -> bool:
-        return self.new == self.old and self.write == 1.0 and bool((self.source == np.arange(self.old)).all())
+        same = self.new == self.old and bool((self.source == np.arange(self.old)).all())
+        return same and self.write == self.gain == 1.0 and bool((self.read == 1.0).all())
 
     def fill(self, side: Side) -> Fill:
         """What a new entry holds on one side of a tensor."""

@@ -1,5 +1,8 @@
 """LiGO: its formula, written out; its gradients; what learning gains; what it refuses."""
 
+import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -7,30 +10,28 @@ import numpy as np
 import pytest
 import torch
 import transformers as T
-from test_after import GROWTHS
+from test_training import GROWTHS
 from tiny import randomise, tiny, token_ids
 from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import growlib
 from growlib import GrowError, checkpoint
-from growlib.architectures import architecture_of
-from growlib.growth import plan_of
+from growlib.inference import architecture_of
 from growlib.learning import _loss_through, _to_factors
 from growlib.operators import ligo, method
 
 
-def _family_and_rows(small, plan):
-    family = architecture_of(small.config, type(small))
-    return family, ligo.rows(plan, family, checkpoint.skeleton(small))
+def rows_of(small, plan):
+    return ligo.rows(plan, architecture_of(small.config, type(small)), checkpoint.skeleton(small))
 
 
 def factors_of(small, growth, name="ligo"):
     """The factors of a growth in float64, moved off their start so that no factor is zero or one."""
-    plan = plan_of(small, growth, method(name), 0)
-    family, rows = _family_and_rows(small, plan)
+    plan = growlib.plan(small, growth, method(name))
+    rows = rows_of(small, plan)
     tensors = {name: tensor.detach().double() for name, tensor in small.state_dict().items()}
-    factors = ligo.Factors(plan, family, rows, tensors)
+    factors = ligo.Factors(plan, rows, tensors)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in factors.parameters():
@@ -115,7 +116,7 @@ def test_it_starts_at_the_identity_beside_small_new_rows(family):
     plan = growlib.plan(small, GROWTHS[family], "ligo")
     assert not plan.exact
     factors, rows = factors_of(small, GROWTHS[family])
-    fresh = ligo.Factors(plan, architecture_of(small.config, type(small)), rows, factors.tensors)
+    fresh = ligo.Factors(plan, rows, factors.tensors)
     for (axis, _), matrix in fresh.width.items():
         source = plan.maps[axis].source
         assert sorted(source[source >= 0]) == list(range(plan.old_sizes[axis]))
@@ -134,7 +135,7 @@ def test_new_blocks_can_start_silent():
     big = growlib.learn(small, {"num_hidden_layers": 4}, [], "ligo+lossless", steps=0)
     assert growlib.verify(small, big).exact  # no width grows, so that only w has to be right
     plan = growlib.plan(small, {"num_hidden_layers": 4}, "ligo+lossless")
-    factors = ligo.Factors(plan, *_family_and_rows(small, plan), dict(small.state_dict()))
+    factors = ligo.Factors(plan, rows_of(small, plan), dict(small.state_dict()))
     zero = {row.grown[0].name.split(".")[-2] for row, w in factors.depth.items() if (w[1] == 0).all()}
     assert zero == {"o_proj", "down_proj"}
 
@@ -276,3 +277,22 @@ def test_inferred_families_learn(name):
 def test_a_mixture_is_not_learned():
     with pytest.raises(GrowError, match=r"a mixture of experts.*then expand it"):
         growlib.learn(tiny("llama"), {"model_type": "mixtral"}, [])
+
+
+SEEDED = """
+import hashlib, torch, growlib
+from tiny import tiny
+small = tiny("llama")
+big = growlib.learn(small, {"hidden_size": 84, "num_attention_heads": 6, "num_key_value_heads": 3}, [], steps=0, seed=2)
+print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in big.parameters())).hexdigest())
+"""
+
+
+def test_the_seed_decides_the_map_in_every_process():
+    """Sets of names have another order in each process."""
+    found = set()
+    for hash_seed in "123":
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parent)}
+        run = [sys.executable, "-c", SEEDED]
+        found.add(subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(found) == 1

@@ -202,8 +202,12 @@ def _operand(word: str, config: Any) -> float | None:
 
 
 def read_table(path: Path) -> Architecture:
-    """Read one table. The file's name is the model type."""
-    return from_table(path.stem, tomllib.loads(path.read_text()), path.name)
+    """Read one table. The file's name is the model type. Raises GrowError where it is none."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GrowError(f"reading the table {path.name}", str(error), "a TOML file") from error
+    return from_table(path.stem, table, path.name)
 
 
 def from_table(model_type: str, table: dict[str, Any], where: str) -> Architecture:

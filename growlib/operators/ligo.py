@@ -91,7 +91,7 @@ class Factors:
         self.width: dict[tuple[str, str], Tensor] = {}  # (axis, stack or ""): [N, n], or [L, N, n] inside a block
         self.depth: dict[Row, Tensor] = {}  # [L', L]
         for row in rows:
-            for axis in _axes(row) - self.looked_up:
+            for axis in sorted(_axes(row) - self.looked_up):  # the draws are in this order
                 axis_map, stack = plan.maps.get(axis), "" if axis in outside else row.stack
                 if axis_map is not None and not axis_map.is_identity and (axis, stack) not in self.width:
                     start = _start(axis_map, (plan.layers[stack].old,) if stack else (), generator)
