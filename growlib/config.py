@@ -91,9 +91,8 @@ def scaled(source: PreTrainedConfig, table: Architecture, factors: Mapping[str, 
             common = gcd(*sizes.values())
             near = sorted({floor(common * factor) / common, ceil(common * factor) / common} - {0.0})
             wrong = ", ".join(f"{field}={size} would be {size * factor:g}" for field, size in odd.items())
-            raise GrowError(
-                asked, wrong, " or ".join(f"{part}={f:g}" for f in near if f >= 1) + ", or --set each field"
-            )
+            valid = " or ".join(f"{part}={factor:g}" for factor in near if factor >= 1)
+            raise GrowError(asked, wrong, f"{valid}, or each field by itself")
         overrides |= {field: int(size * factor) for field, size in sizes.items()}
     return overrides
 

@@ -35,11 +35,9 @@ def cost_table(plan: GrowthPlan) -> list[tuple[str, str, str]]:
 
 
 def _costs(tensors: list[tuple[Layout, Shape]], plan: GrowthPlan, config: PreTrainedConfig) -> dict[str, str]:
-    count = sum(prod(shape) for _, shape in tensors)
-    acting = sum(prod(shape) * _share(layout, shape, plan) for layout, shape in tensors if len(shape) > 1)
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    if tied:  # the embedding is the head too
-        acting += sum(prod(shape) for layout, shape in tensors if _looks_up(layout, plan) and "vocab" in str(layout))
+    count = sum(prod(shape) for _, shape in tensors)
+    acting = sum(prod(shape) * _share(layout, shape, plan, tied) for layout, shape in tensors if len(shape) > 1)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return {
         "parameters": f"{count:,}",
@@ -49,23 +47,17 @@ def _costs(tensors: list[tuple[Layout, Shape]], plan: GrowthPlan, config: PreTra
     }
 
 
-def _looks_up(layout: Layout, plan: GrowthPlan) -> bool:
-    return any(
-        plan.roles.get(axis) == "lookup" for dim in layout if dim.side == "read" for p in dim.parts for axis in p
-    )
-
-
-def _share(layout: Layout, shape: Shape, plan: GrowthPlan) -> float:
+def _share(layout: Layout, shape: Shape, plan: GrowthPlan, tied: bool) -> float:
     """The share of a tensor that multiplies with each token: none of a lookup, of experts those that act."""
-    if _looks_up(layout, plan):
-        return 0.0
+    read = {axis for dim in layout if dim.side == "read" for part in dim.parts for axis in part}
+    if looked_up := {axis for axis in read if plan.roles.get(axis) == "lookup"}:
+        return float(tied and "vocab" in looked_up)  # a tied embedding is the head too
     if not layout and plan.mixture and len(shape) == 3:
         return plan.mixture.per_token / plan.mixture.experts
-    for dim in layout:
-        axis = dim.parts[0][0]
-        if plan.roles.get(axis) in ("experts", "gated_experts") and len(shape) == 3:
-            sizes = plan.new_sizes if shape[0] == plan.new_sizes[axis] else plan.old_sizes
-            return sizes.get("per_token", sizes[axis]) / sizes[axis]
+    experts = next((axis for axis in read | {"experts"} if plan.roles.get(axis) in ("experts", "gated_experts")), "")
+    if experts and len(shape) == 3:
+        sizes = plan.new_sizes if shape[0] == plan.new_sizes[experts] else plan.old_sizes
+        return sizes.get("per_token", sizes[experts]) / sizes[experts]
     return 1.0
 
 

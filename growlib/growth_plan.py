@@ -18,8 +18,8 @@ from growlib.maps import AxisMap, LayerMap
 from growlib.origin import origins
 from growlib.show import LEGEND, SIGNS, bar, layer_names, layer_ranges, shares_of, split_layer
 
-COLUMNS, LAYERS = 100, 14  # of the printed table, and of what stands beside name, shapes and bar
-SHORTEST, LONGEST = 12, 24  # columns of a bar
+COLUMNS, LAYERS = 100, 19  # of the printed table, and of what stands beside name, shapes and bar
+SHORTEST, LONGEST = 6, 24  # columns of a bar
 FILE = "growlib.json"  # where a plan lies beside the checkpoint that it made
 
 Shape = tuple[int, ...]
