@@ -191,8 +191,14 @@ class GrowthPlan:
     def from_dict(cls, data: Mapping[str, Any]) -> "GrowthPlan":
         """The plan that `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         return cls(
-            **{name: data[name] for name in ("method", "seed", "model_class", "initializer_range", "learned")},
-            **{name: dict(data[name]) for name in ("old_sizes", "new_sizes", "roles")},
+            method=data["method"],
+            seed=data["seed"],
+            model_class=data["model_class"],
+            old_sizes=dict(data["old_sizes"]),
+            new_sizes=dict(data["new_sizes"]),
+            roles=dict(data["roles"]),
+            initializer_range=data["initializer_range"],
+            learned=data["learned"],
             source=_config(data["source_config"]),
             config=_config(data["config"]),
             maps={name: AxisMap.from_dict(axis_map) for name, axis_map in data["axes"].items()},
