@@ -21,11 +21,24 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+def counted(number: int, one: str, several: str) -> str:
+    """A number with its noun."""
+    return f"{number} {one if number == 1 else several}"
+
+
+def machine() -> str:
+    """What a recipe runs on: a launcher may have started fewer processes than one thinks."""
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    processes = counted(PartialState().num_processes, "process", "processes")
+    return f"{processes} of {counted(torch.get_num_threads(), 'thread', 'threads')}, {where}."
+
+
 def guarded(work: Callable[[], None], when_stopped: str = KEPT) -> int:
     """Do the work; the exit code. What the user can mend is said in one line, and what Ctrl-C leaves."""
     logging.getLogger("growlib").setLevel(logging.ERROR)  # an inexact growth stands in the report
     transformers.utils.logging.disable_progress_bar()  # of loading and saving; the long parts have their own
     processes = PartialState(cpu=not torch.accelerator.is_available())  # those that torchrun or accelerate started
+    say(machine())
     try:
         work()
         gc.collect()  # what still holds the process group, before it goes
