@@ -1,5 +1,6 @@
 """The main job, end to end on the miniature preset, and what it refuses."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -41,6 +42,38 @@ def two_steps(tmp_path):
 def files_of(folder: Path) -> dict[str, int]:
     """Every file with the time of its last change."""
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def imported(path: Path) -> set[str]:
+    """The first names of all modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {(node.module or "").partition(".")[0], *(name.name for name in node.names)}
+    return found
+
+
+def test_no_recipe_is_imported_by_another_and_none_by_the_library():
+    root = Path(recipe.__file__).parent
+    scripts = {path.stem for path in root.glob("*.py")}
+    files = list(root.rglob("*.py"))
+    assert len(scripts) >= 9
+    assert len(files) >= 25
+    assert {path.name: imported(path) & scripts for path in files if imported(path) & scripts} == {}
+    library = list((root.parent / "growlib").rglob("*.py"))
+    assert len(library) >= 50
+    outside = scripts | {"base", "recipes"}
+    assert {path.name: imported(path) & outside for path in library if imported(path) & outside} == {}
+
+
+def test_recipes_stay_short():
+    for path in Path(recipe.__file__).parent.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, (path, node.name)
 
 
 def test_results_json_follows_the_schema(finished):

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from base.comparison import ARMS
 from base.flops import flops_saved
 from base.plots import draw_curves
 from base.reference import NAME, against_the_better
@@ -110,7 +111,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
         "held-out loss, linear between two evaluations) / (scratch's FLOPs). The column beside it adds the small "
         "model's own training to the arms that use it.",
         f"Start of the grown arms: method {setting['method']}, {setting['growth']}.",
-        *(_of_teachers(setting) if any(result["flops"]["teacher"] for result in arms.values()) else []),
+        *(_of_teachers(setting) if any(ARMS[name].knowledge for name in arms) else []),
         *remarks_on_text(setting),
     ]
     if "scratch" not in arms:
@@ -118,8 +119,8 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     scratch_loss = arms["scratch"]["final_eval_loss"]
     said.append(verdict_on_small(scratch_loss, setting["small_model"]["eval_loss"]))
     if reference:
-        said.append(verdict_on_reference(scratch_loss, reference["final_eval_loss"]))
-    return said
+        return [*said, verdict_on_reference(scratch_loss, reference["final_eval_loss"])]
+    return [*said, f"The reference, {NAME!r} for the FLOPs of the arms, is missing: --reference trains it."]
 
 
 def _of_teachers(setting: Mapping[str, Any]) -> list[str]:
@@ -139,7 +140,7 @@ def remarks_on_text(setting: Mapping[str, Any]) -> list[str]:
     if distinct < seen:
         warning = "" if asked["train_tokens"] else "WARNING: "
         said.append(f"{warning}{seen:,} tokens were trained on, {distinct:,} of them distinct: text came again.")
-    if used["held_out_tokens"] < asked["held_out_tokens"] - setting["text"]["sequence_length"]:
+    if used["held_out_tokens"] <= asked["held_out_tokens"] - asked["sequence_length"]:
         said.append(
             f"WARNING: {used['held_out_tokens']:,} tokens were held out, {asked['held_out_tokens']:,} were asked: "
             "the held-out losses are coarser."
