@@ -26,7 +26,7 @@ def style_of(name: str) -> dict[str, Any]:
     names = [row.name for row in growlib.methods()]
     width, _, depth = name.partition("+")
     number = names.index(width) if width in names else len(names)
-    style: dict[str, Any] = {"color": colormaps["turbo"]((number + 0.5) / (len(names) + 1))}
+    style: dict[str, Any] = {"color": colormaps["turbo"](0.07 + 0.9 * number / len(names))}
     if depth:
         style["linestyle"] = DASHES[(names.index(depth) if depth in names else len(names)) % len(DASHES)]
     return style

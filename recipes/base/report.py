@@ -161,13 +161,14 @@ def verdict_on_small(scratch_loss: float, small_loss: float) -> str:
 
 def verdict_on_reference(scratch_loss: float, reference_loss: float) -> str:
     """Whether scratch is what its reader would do otherwise."""
-    how = "The small model, trained on with a new schedule for the FLOPs of the arm that gets most, ends at"
-    if scratch_loss <= reference_loss:
-        return f"{how} {reference_loss:.3f}, not below scratch's {scratch_loss:.3f}: scratch is what to beat."
-    return (
-        f"SCRATCH IS NOT WHAT TO BEAT: it ends at {scratch_loss:.3f}. {how} {reference_loss:.3f}. Nobody would train "
-        f"from scratch for so short a time; believe the column {AGAINST_THE_BETTER!r}."
+    how = (
+        f"{NAME!r} is the small model with a new schedule, for the FLOPs of the arm that gets most; it ends at "
+        f"{reference_loss:.3f}"
     )
+    what = f"The column {AGAINST_THE_BETTER!r} is that of FLOPs saved with the lower of the two instead of scratch."
+    if scratch_loss <= reference_loss:
+        return f"{how}, not below scratch's {scratch_loss:.3f}: scratch is what to beat. {what}"
+    return f"SCRATCH IS NOT WHAT TO BEAT: it ends at {scratch_loss:.3f}. {how}. {what} Believe that one."
 
 
 def write_report(folder: Path, results: Mapping[str, Any]) -> None:
