@@ -1,6 +1,5 @@
 """The main job, end to end on the miniature preset, and what it refuses."""
 
-import ast
 import json
 import shutil
 import subprocess
@@ -42,38 +41,6 @@ def two_steps(tmp_path):
 def files_of(folder: Path) -> dict[str, int]:
     """Every file with the time of its last change."""
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-def imported(path: Path) -> set[str]:
-    """The first names of all modules that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {name.name.partition(".")[0] for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {(node.module or "").partition(".")[0], *(name.name for name in node.names)}
-    return found
-
-
-def test_no_recipe_is_imported_by_another_and_none_by_the_library():
-    root = Path(recipe.__file__).parent
-    scripts = {path.stem for path in root.glob("*.py")}
-    files = list(root.rglob("*.py"))
-    assert len(scripts) >= 9
-    assert len(files) >= 25
-    assert {path.name: imported(path) & scripts for path in files if imported(path) & scripts} == {}
-    library = list((root.parent / "growlib").rglob("*.py"))
-    assert len(library) >= 50
-    outside = scripts | {"base", "recipes"}
-    assert {path.name: imported(path) & outside for path in library if imported(path) & outside} == {}
-
-
-def test_recipes_stay_short():
-    for path in Path(recipe.__file__).parent.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 300, path
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, (path, node.name)
 
 
 def test_results_json_follows_the_schema(finished):
@@ -370,6 +337,19 @@ def test_forward_flops_against_arithmetic():
     rotary = length * 4  # positions times head_dim / 2 frequencies
     expected = 2 * (linear * length + attention)
     assert forward_flops(LlamaForCausalLM(config), length) in {expected, expected + 2 * rotary}
+
+
+def test_a_mixture_is_compared_with_a_mixture_from_scratch(finished, two_steps, tmp_path):
+    small = str(next(finished.glob("trainings/small-*")))
+    arguments = ["--preset", two_steps, "--small", small, "--arms", "scratch,weights", "--method", "lossless"]
+    mixture = "model_type=mixtral,num_local_experts=4,num_experts_per_tok=2,num_hidden_layers=1"
+    assert recipe.main([*arguments, "--target", mixture, "--out", str(tmp_path / "out")]) == 0
+    arms = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]
+    # Two experts of the dense layer's width each: its three products once more, and a router, for each token.
+    dense, hidden, ffn = forward_flops(AutoModelForCausalLM.from_pretrained(small), 32), 16, 24
+    added = 32 * 2 * hidden * (3 * ffn + 4)
+    for arm in arms.values():
+        assert arm["flops"]["student"] == 2 * 8 * 3 * (dense + added)  # two steps of eight sequences
 
 
 def test_savings_are_interpolated_and_null_where_never_reached():

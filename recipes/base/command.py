@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import os
+import platform
 import sys
 from collections.abc import Callable
 
@@ -21,16 +23,28 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def counted(number: int, one: str, several: str) -> str:
+def counted(number: str | int, one: str, several: str) -> str:
     """A number with its noun."""
     return f"{number} {one if number == 1 else several}"
 
 
+def environment() -> dict[str, str | int]:
+    """What a result ran on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "processes": PartialState().num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def machine() -> str:
     """What a recipe runs on: a launcher may have started fewer processes than one thinks."""
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    processes = counted(PartialState().num_processes, "process", "processes")
-    return f"{processes} of {counted(torch.get_num_threads(), 'thread', 'threads')}, {where}."
+    found = environment()
+    processes = counted(found["processes"], "process", "processes")
+    return f"{processes} of {counted(found['threads'], 'thread', 'threads')}, {found['device']}."
 
 
 def guarded(work: Callable[[], None], when_stopped: str = KEPT) -> int:

@@ -2,25 +2,22 @@
 
 import copy
 import dataclasses
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
 import growlib
 from base import job, text
+from base.command import environment
 from base.job import Job
 from base.known import Known, check_teacher, given, is_masked, trained
 from base.lab import Lab, fresh
-from base.library import load_checkpoint
+from base.library import class_like, load_checkpoint
 from base.models import MODELS, size_fields
 from base.setting import Setting, Sizes
 from base.start import Fresh, Grown, sizes_of
@@ -114,7 +111,7 @@ def prepare(
             known = [trained("teacher", job.run(of_teacher, folder))]
     else:
         known = known or [of_small]
-    return Prepared(lab, corpus, blocks, plan, type(model), of_small, tuple(known))
+    return Prepared(lab, corpus, blocks, plan, class_like(model, plan.config), of_small, tuple(known))
 
 
 def _fields(sizes: Sizes, model: PreTrainedModel, option: str) -> Mapping[str, int]:
@@ -199,11 +196,5 @@ def describe(prepared: Prepared) -> dict[str, Any]:
             "distinct_training_tokens": int(prepared.blocks.size),
             "held_out_tokens": int(prepared.corpus.held_out.size),
         },
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-            "processes": PartialState().num_processes,
-        },
+        "environment": environment(),
     }

@@ -26,10 +26,10 @@ import growlib
 def forward_flops(model: PreTrainedModel, length: int) -> int:
     """FLOPs of one forward pass over one sequence, measured on a copy that is not initialised.
 
-    The copy runs eager attention, whose products the counter sees on every device.
+    The copy runs eager attention and eager experts, whose products the counter sees on every device.
     """
     with no_init_weights():
-        copy = type(model)._from_config(model.config, attn_implementation="eager")
+        copy = type(model)._from_config(model.config, attn_implementation="eager", experts_implementation="eager")
     copy.eval()
     ids = torch.zeros(1, length, dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
