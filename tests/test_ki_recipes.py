@@ -97,6 +97,7 @@ def test_what_decides_a_training_decides_where_it_is_kept(tmp_path):
     start = fresh(setting, setting.initial)
     job = lab.job("a", start, {"text": rows}, learning_rate=1e-3, teachers=(teacher,), knowledge={"alpha": 1.0})
     larger = dataclasses.replace(setting.text, vocab_size=640)
+    in_two_orders = [{"text": rows, "code": other}, {"code": other, "text": rows}]
     others = {
         "start": [
             fresh(setting, setting.target),
@@ -109,15 +110,15 @@ def test_what_decides_a_training_decides_where_it_is_kept(tmp_path):
             Grown(teacher, start.config, "ligo", setting.learned),
             Grown(teacher, start.config, "ligo", dataclasses.replace(setting.learned, steps=5)),
         ],
-        "blocks": [{"text": other}, {"text": rows.reshape(20, 16)}, {"code": rows}, {"text": rows, "code": other}],
-        "held_out": [{"text": other}],
+        "blocks": [{"text": other}, {"text": rows.reshape(20, 16)}, {"code": rows}, *in_two_orders],
+        "held_out": [{"text": other}, *in_two_orders],
         "tokenizer": [train_tokenizer(["another text"], 320)],
         "training": [dataclasses.replace(job.training, **fields) for fields in ({"steps": 5}, {"batch_size": 4})],
         "learning_rate": [2e-3],
         "seed": [1],
         "order": [1],
         "mask_token": [1],
-        "teachers": [(another,), (teacher, another), (another, teacher), {"text": teacher}, ()],
+        "teachers": [(another,), (teacher, another), (another, teacher), {"text": teacher}, {"0": teacher}, ()],
         "knowledge": [{"alpha": 0.5}, {"alpha": 1.0, "gate": True}],
         "keeps_model": [False],
     }

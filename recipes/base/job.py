@@ -86,14 +86,14 @@ class Job:
         named = self.teachers.items() if isinstance(self.teachers, Mapping) else enumerate(self.teachers)
         return {
             "start": self.start.decided_by(),
-            "text": {domain: key_of_blocks(rows) for domain, rows in self.blocks.items()},
-            "held_out": {domain: key_of_blocks(rows) for domain, rows in self.held_out.items()},
+            "text": [[domain, key_of_blocks(rows)] for domain, rows in self.blocks.items()],  # their order decides, too
+            "held_out": [[domain, key_of_blocks(rows)] for domain, rows in self.held_out.items()],
             "tokenizer": [store.key_of(self.tokenizer.get_vocab()), self.mask_token],
             "training": dataclasses.asdict(self.training),
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             "order": self.order,
-            "teachers": {"by_domain": by_domain, **{str(name): one.key for name, one in named}},
+            "teachers": [by_domain, [[name, one.key] for name, one in named]],
             "knowledge": dict(self.knowledge) if self.teachers else None,
             "keeps_model": self.keeps_model,
         }
