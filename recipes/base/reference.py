@@ -11,7 +11,7 @@ from base.start import Continued
 NAME = "small, trained on"
 
 
-def run_reference(prepared: Prepared, arms: Mapping[str, Any], shown: str = "reference") -> Mapping[str, Any]:
+def run_reference(prepared: Prepared, arms: Mapping[str, Any]) -> Mapping[str, Any]:
     """Train the small model on for the FLOPs of the arm that gets most, its teacher's included, or take what is kept.
 
     It starts where the small model ended, with a warm-up and a schedule of its own, on the text of the arms. So what
@@ -28,7 +28,7 @@ def run_reference(prepared: Prepared, arms: Mapping[str, Any], shown: str = "ref
     budget = max(sum(result["flops"].values()) for result in arms.values())
     steps = max(budget // flops.training_flops(forward, setting.training.batch_size), 1)
     training = prepared.lab.job(
-        shown,
+        "reference",
         Continued(small),
         {TEXT: prepared.blocks},
         learning_rate=setting.reference.learning_rate,
