@@ -40,11 +40,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from base.command import guarded, say
+from base.command import environment, guarded, say
 from base.measure import DEVICE, Row, peak_bytes, ratios, synchronize
+from base.options import parser_of
 from base.report import as_text
 from base.store import open_folder, write_json
-from base.study import environment
 from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki import Projection, Targets, TeacherCache, ki_loss, linear_ki_loss
 from growlib.ki.cache.data import Blocks
@@ -271,8 +271,7 @@ def run(options: argparse.Namespace) -> None:
         open_folder(options.out.parent)
         if options.out.exists() and not options.out.is_file():
             raise GrowError(f"--out {options.out}", "it is no file", "a file, or a path where nothing stands")
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    report: dict[str, Any] = {"sizes": dataclasses.asdict(sizes), "environment": {**environment(), "device": device}}
+    report: dict[str, Any] = {"sizes": dataclasses.asdict(sizes), "environment": environment()}
     with tempfile.TemporaryDirectory() as folder:
         report["reading"] = bench_reading(sizes, Path(folder) / "reading")
         say(
@@ -288,7 +287,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--sizes", choices=SIZES, default="cpu", help="a row of SIZES in this file (default: cpu)")
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args(arguments)

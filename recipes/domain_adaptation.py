@@ -1,4 +1,4 @@
-"""A large model of one domain role another, of which a small model knows more: with plenty of text and with little.
+"""A large model of one domain meets another, of which a small model knows more: with plenty of text and with little.
 
     python recipes/domain_adaptation.py --seeds 3            # 2 CPU cores: the demo preset's sizes, 39 trainings a seed
     python recipes/domain_adaptation.py --preset miniature   # seconds, for CI; its numbers mean nothing
@@ -17,7 +17,7 @@ from typing import Any
 
 from base import study
 from base.domains import code_and_prose
-from base.knowledge import Lab
+from base.lab import Lab
 from base.setting import Setting
 
 SHARES = (1, 8, 64)  # one of so many parts of the prose
@@ -45,11 +45,11 @@ def adaptation(setting: Setting, folder: Path) -> study.Rows:
         texts = {"": {"prose": some}, ", replay": {"prose": some, "code": code[: len(some)]}}
         for replay, blocks in texts.items():
             for teaching, knowledge in TEACHING.items():
-                teacher = None if knowledge is None else {name: small[name].path for name in blocks}
+                teacher = None if knowledge is None else {name: small[name].model for name in blocks}
                 for rate in LEARNING_RATES:
                     name = f"1/{share} of the prose, {teaching}{replay}, {rate:g}"
                     learned[name] = lab.learn(
-                        "adapt", large.path, blocks, teacher, steps=steps, learning_rate=rate, **knowledge or {}
+                        "adapt", large.model, blocks, teacher, steps=steps, learning_rate=rate, **knowledge or {}
                     )
     return {name: {f"held-out {d}": loss for d, loss in one.losses.items()} for name, one in learned.items()}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from base import study, text
-from base.knowledge import Lab
+from base.lab import Lab
 from base.setting import Setting
 from growlib import GrowError
 from growlib.ki import Targets, linear_ki_loss
@@ -66,8 +66,8 @@ def angles(setting: Setting, folder: Path) -> study.Rows:
     blocks = {"text": corpus.train}
     steps = max(setting.training.steps // 10, setting.training.warmup_steps + 1)
     paths = [
-        lab.learn("teacher", setting.initial, blocks).path,
-        lab.learn("student", setting.target, blocks, steps=steps).path,
+        lab.learn("teacher", setting.initial, blocks).model.path,
+        lab.learn("student", setting.target, blocks, steps=steps).model.path,
     ]
     teacher, student = (AutoModelForCausalLM.from_pretrained(path).eval() for path in paths)
     held_out = torch.from_numpy(corpus.held_out).long()

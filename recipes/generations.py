@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from base import study, text
-from base.knowledge import Lab, between
+from base.lab import Lab, between
 from base.setting import Setting
 
 
@@ -25,15 +25,15 @@ def generations(setting: Setting, folder: Path) -> study.Rows:
     g2 = between(g1, g3)
     first = lab.learn("g1", g1, blocks)
     second = lab.learn("g2", g2, blocks)
-    taught_second = lab.learn("g1-g2", g2, blocks, first.path)
+    taught_second = lab.learn("g1-g2", g2, blocks, first.model)
     learned = {
         "G1": first,
         "G2": second,
         "G1 → G2": taught_second,
         "G3": lab.learn("g3", g3, blocks),
-        "G1 → G3": lab.learn("g1-g3", g3, blocks, first.path),
-        "G2 → G3": lab.learn("g2-g3", g3, blocks, second.path),
-        "G1 → G2 → G3": lab.learn("g1-g2-g3", g3, blocks, taught_second.path),
+        "G1 → G3": lab.learn("g1-g3", g3, blocks, first.model),
+        "G2 → G3": lab.learn("g2-g3", g3, blocks, second.model),
+        "G1 → G2 → G3": lab.learn("g1-g2-g3", g3, blocks, taught_second.model),
     }
     return {name: {"held-out loss": one.losses["text"]} for name, one in learned.items()}
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from base import study, text
-from base.knowledge import Lab
+from base.lab import Lab
 from base.setting import Setting
+from base.start import Checkpoint
 
 TO_THE_END = {"schedule": "constant", "stop_at": None, "alpha": 0.5}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {  # settings of `KIConfig` over the preset's
@@ -50,15 +51,15 @@ def ablations(setting: Setting, folder: Path) -> study.Rows:
     alone = lab.learn("alone", setting.target, blocks).losses["text"]
     rows = {"(teacher)": {"held-out loss": teacher.losses["text"]}, "no teacher": {"held-out loss": alone}}
 
-    def add(name: str, source: Path, knowledge: Mapping[str, Any]) -> None:
+    def add(name: str, source: Checkpoint, knowledge: Mapping[str, Any]) -> None:
         evaluations = setting.training.evaluations if knowledge.get("stop_at") == "auto" else 1
         student = lab.learn("taught", setting.target, blocks, source, evaluations=evaluations, **knowledge)
         loss = student.losses["text"]
         rows[name] = {"held-out loss": loss, "gain": alone - loss}
 
     for name, knowledge in VARIANTS.items():
-        add(name, teacher.path, knowledge)
-    cache = lab.cached(teacher, blocks, top_k=4, samples=6)
+        add(name, teacher.model, knowledge)
+    cache = lab.cached(teacher.model, blocks, top_k=4, samples=6)
     for name, knowledge in CACHED.items():
         add(name, cache, knowledge)
     return rows

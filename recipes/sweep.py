@@ -1,6 +1,7 @@
 """Which learning rate is the best one for each arm? The winners stand in the preset.
 
     python recipes/sweep.py --preset demo --learning-rates 2e-3,4e-3,8e-3 --out runs/sweep
+    python recipes/sweep.py --small ckpt/ --target hidden_size=1536 --text corpus/ --arms weights
 
 Hardware and time: as ki_plus_growth.py with the same preset, once per learning rate and seed. Runs that are
 done are kept in OUT, so a sweep may be stopped, widened, and split over several processes that share OUT once
@@ -11,27 +12,17 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import ki_plus_growth as recipe
+from base import options as shared
 from base.command import guarded, say
 from base.comparison import ARMS, prepare, run_arm
 from base.flops import flops_saved
 from base.report import as_markdown
-from base.store import open_folder, write_text
-from growlib import GrowError
+from base.store import write_text
 
-Runs = Mapping[tuple[str, float, int], dict[str, Any]]  # (arm, learning rate, seed) -> result
-
-
-def numbers(option: str, kind: type[int] | type[float]) -> list[Any]:
-    """Comma-separated numbers."""
-    try:
-        return [kind(part) for part in option.split(",")]
-    except ValueError as error:
-        raise GrowError(f"{option!r}", str(error), "numbers with commas between them") from error
+Runs = Mapping[tuple[str, float, int], Mapping[str, Any]]  # (arm, learning rate, seed) -> result
 
 
 def winners(runs: Runs) -> dict[str, float]:
@@ -59,33 +50,40 @@ def rows_of(runs: Runs) -> list[tuple[str, ...]]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="demo", help="as in ki_plus_growth.py")
-    parser.add_argument("--arms", help=f"comma-separated: {', '.join(ARMS)} (default: all)")
+    parser = shared.parser_of(__doc__)
+    shared.add_arms_option(parser)
     parser.add_argument("--learning-rates", default="2e-3,4e-3,8e-3", help="comma-separated")
     parser.add_argument("--seeds", default="0", help="comma-separated")
-    parser.add_argument("--method", help="of growth, instead of the preset's")
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
+    shared.add_method_option(parser)
+    shared.add_setting_options(parser, preset="demo")
+    shared.add_knowledge_options(parser)
     return parser.parse_args(arguments)
 
 
 def sweep(options: argparse.Namespace) -> None:
     """Run what is not there yet, and write the table."""
-    rates, seeds = numbers(options.learning_rates, float), numbers(options.seeds, int)
-    open_folder(options.out)
-    runs: dict[tuple[str, float, int], dict[str, Any]] = {}
+    rates = shared.numbers("--learning-rates", options.learning_rates, float)
+    seeds = shared.numbers("--seeds", options.seeds, int)
+    setting, arms, target = shared.setting_of(options), shared.arms_of(options.arms), shared.target_of(options.target)
+    folder, teachers = shared.results_folder(options, setting), shared.teachers_of(options)
+    runs: dict[tuple[str, float, int], Mapping[str, Any]] = {}
     for seed in seeds:
-        given = ["--preset", options.preset, "--seed", str(seed)]
-        given += ["--method", options.method] if options.method else []
-        prepared = prepare(recipe.setting_of(recipe.parse(given)), options.out, None, None)
-        for arm in recipe.arms_of(options.arms):
+        of_seed = dataclasses.replace(setting, seed=seed)
+        teaches = any(ARMS[name].knowledge for name in arms)
+        prepared = prepare(of_seed, folder, options.small, target, teachers, teaches=teaches)
+        for arm in arms:
             for rate in rates:
-                setting = dataclasses.replace(prepared.setting, learning_rate=dict.fromkeys(ARMS, rate))
-                runs[arm, rate, seed] = run_arm(dataclasses.replace(prepared, setting=setting), arm)
+                runs[arm, rate, seed] = run_arm(prepared.under(learning_rate=dict.fromkeys(ARMS, rate)), arm)
     table = as_markdown(rows_of(dict(sorted(runs.items(), key=lambda item: list(ARMS).index(item[0][0])))))
     say("\n" + table)
-    write_text(options.out / "sweep.md", table + "\n")
+    write_text(folder / "sweep.md", table + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the recipe; the exit code."""
+    options = parse(arguments)
+    return guarded(lambda: sweep(options))
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: sweep(parse(None))))
+    sys.exit(main())

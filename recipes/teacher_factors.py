@@ -14,7 +14,7 @@ from pathlib import Path
 
 from base import study
 from base.domains import code_and_prose
-from base.knowledge import Lab
+from base.lab import Lab
 from base.setting import Setting
 
 
@@ -50,7 +50,7 @@ def factors(setting: Setting, folder: Path) -> study.Rows:
     rows = {f"none; student on {part}": {"student": loss} for part, loss in alone.items()}
     for name, teacher in teachers.items():
         part = text_of[name]
-        student = lab.learn("taught", setting.target, {"code": of_students[part]}, teacher.path).losses["code"]
+        student = lab.learn("taught", setting.target, {"code": of_students[part]}, teacher.model).losses["code"]
         gain = alone[part] - student
         rows[f"{name}; student on {part}"] = {"student": student, "gain": gain, "teacher": teacher.losses["code"]}
     return rows

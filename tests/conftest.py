@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import settings
 
@@ -5,3 +6,13 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("growlib", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("growlib")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A folder in which all four arms of the miniature preset are finished. It must stay as it is."""
+    import ki_plus_growth
+
+    folder = tmp_path_factory.mktemp("miniature")
+    assert ki_plus_growth.main(["--preset", "miniature", "--out", str(folder)]) == 0
+    return folder

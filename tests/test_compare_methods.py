@@ -5,18 +5,23 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from test_recipe import files_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import base.job
 import compare_methods as recipe
 import growlib
 from base.command import STOPPED
 from base.flops import flops_saved, forward_flops, learning_flops
+from base.plots import FIXED, style_of
+from base.ranking import rank_correlation
+from base.reference import against_the_better
 
 FOUR_STEPS = (
     'extends = "miniature"\n[small]\nsteps = 2\n[training]\nsteps = 4\nwarmup_steps = 1\nevaluations = 4\n'
-    '[compare]\nlag = 2\nmethods = ["lossless", "stack", "ligo"]\n'
+    '[compare]\nlag = 2\nmethods = ["lossless", "stack", "ligo"]\n[reference]\ntrained = true\n'
 )
 
 
@@ -36,7 +41,8 @@ def finished(preset, tmp_path_factory):
 
 def test_methods_json_is_consistent(finished):
     results = json.loads((finished / "methods.json").read_text())
-    assert list(results) == ["setting", "methods", "rank_correlation_with_the_end"]
+    assert list(results) == ["setting", "methods", "reference", "rank_correlation_with_the_end"]
+    assert results["rank_correlation_with_the_end"] == {"start": None, "lag": None}  # of three methods it says nothing
     entries = results["methods"]
     assert set(entries) == {"scratch", "lossless", "lossless+stack", "ligo"}  # what lacks a width gets that of lossless
     for entry in entries.values():
@@ -47,6 +53,8 @@ def test_methods_json_is_consistent(finished):
         for seed, run in entry["runs"].items():
             both = {"scratch": entries["scratch"]["runs"][seed], "this": run}
             assert entry["flops_saved_by_seed"][seed] == flops_saved(both)["this"]
+            better = against_the_better(both, results["reference"]["runs"][seed])["flops_saved"]["this"]
+            assert entry["flops_saved_against_the_better_by_seed"][seed] == better
     lags = [entry["loss"]["lag"]["mean"] for entry in entries.values()]
     assert lags == sorted(lags)
     assert entries["lossless"]["growth"] == "exact"
@@ -59,7 +67,45 @@ def test_methods_json_is_consistent(finished):
     # One small model for all seeds; the exact growth starts at its loss.
     small = results["setting"]["small_model"]["eval_loss"]
     assert entries["lossless"]["loss"]["start"]["mean"] == pytest.approx(small, abs=1e-4)
-    assert len(list(finished.glob("small-*"))) == 1
+    assert len(list(finished.glob("trainings/small-*"))) == 1
+
+
+def test_each_method_has_its_own_best_rate(finished):
+    results = json.loads((finished / "methods.json").read_text())
+    report = (finished / "methods.md").read_text()
+    for name, entry in results["methods"].items():
+        assert list(entry["sweep"]) == ["0.003", "0.006"]
+        best = min(entry["sweep"], key=entry["sweep"].get)
+        assert entry["learning_rate"] == float(best)
+        assert entry["runs"]["0"]["final_eval_loss"] == entry["sweep"][best]
+        assert f"\n| {name} | {best} |" in report
+    assert "own best learning rate of 0.003, 0.006: the lowest loss at the end with seed 0" in report
+    assert "rate is the best of " in report  # of two rates, each is at the edge
+
+
+def test_the_reference_gets_what_the_method_with_most_gets(finished):
+    results = json.loads((finished / "methods.json").read_text())
+    for seed, run in results["reference"]["runs"].items():
+        most = max(entry["runs"][seed]["flops"]["student"] for entry in results["methods"].values())
+        step = run["curve"][-1]["flops"] / run["curve"][-1]["step"]
+        assert most - step < run["flops"]["student"] <= most
+    report = (finished / "methods.md").read_text()
+    assert "\n| small, trained on | 0.006 |" in report
+    assert report.count("against the better") >= 1
+
+
+def test_one_rate_for_all_and_one_seed(preset, tmp_path, capsys):
+    arguments = ["--preset", preset, "--methods", "lossless", "--seeds", "1", "--no-reference", "--out", str(tmp_path)]
+    assert recipe.main([*arguments, "--learning-rate", "2e-3"]) == 0
+    results = json.loads((tmp_path / "methods.json").read_text())
+    assert {entry["learning_rate"] for entry in results["methods"].values()} == {2e-3}
+    assert results["reference"] is None
+    said = capsys.readouterr().out
+    assert "All train at a learning rate of 0.002" in said
+    assert "seed 0 alone" in said
+    assert "seeds" not in said
+    assert "Rank correlation" not in said
+    assert "against the better" not in said
 
 
 def test_the_report_has_every_method(finished):
@@ -67,6 +113,7 @@ def test_the_report_has_every_method(finished):
     for name in ("scratch", "lossless", "lossless+stack", "ligo"):
         assert f"\n| {name} |" in report
     assert "a copied layer acts again" in report
+    assert "- ligo: LiGO (arXiv 2303.00980)" in report
     assert (finished / "methods.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -76,13 +123,12 @@ def test_finished_runs_are_kept_and_others_added(finished, preset):
     after = files_of(finished)
     changed = {name for name in after if before.get(name) != after[name]}
     assert {name for name in changed if name in before} == {"methods.json", "methods.png", "methods.md"}
-    assert len([name for name in changed if name.startswith("arms")]) == 2  # scratch and lossless with seed 2
+    trained = {name.split("/")[1].rpartition("-")[0] for name in changed if name.startswith("trainings")}
+    assert trained == {"scratch", "lossless", "reference"}  # with seed 2; the reference for what lossless gets
 
 
 def test_an_interrupted_run_goes_on(preset, tmp_path, monkeypatch, capsys):
-    import base.comparison
-
-    train, trained = base.comparison.train, []
+    train, trained = base.job.train, []
 
     def stop_at_the_third(name, *rest, **named):
         trained.append(name)
@@ -90,12 +136,12 @@ def test_an_interrupted_run_goes_on(preset, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return train(name, *rest, **named)
 
-    monkeypatch.setattr(base.comparison, "train", stop_at_the_third)
-    arguments = ["--preset", preset, "--seeds", "1", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(base.job, "train", stop_at_the_third)
+    arguments = ["--preset", preset, "--seeds", "1", "--learning-rates", "6e-3", "--out", str(tmp_path / "out")]
     assert recipe.main(arguments) == STOPPED
     assert "same command" in capsys.readouterr().err
     assert recipe.main(arguments) == 0
-    assert trained == ["small", "scratch", "weights", "weights", "weights", "weights"]
+    assert trained == ["small", "scratch", "lossless", "lossless", "lossless+stack", "ligo", "reference"]
     results = json.loads((tmp_path / "out" / "methods.json").read_text())
     assert results["methods"]["lossless"]["loss"]["end"]["deviation"] is None
 
@@ -105,6 +151,8 @@ def test_an_interrupted_run_goes_on(preset, tmp_path, monkeypatch, capsys):
     [
         (["--methods", "lossles"], "lossles"),
         (["--methods", "scratch"], "no method to compare"),
+        (["--learning-rates", "0"], "out of range"),
+        (["--learning-rates", "1e-3,x"], "could not convert"),
         (["--lag", "4"], "not measured there"),
         (["--lag", "99"], "1, 2, 3"),
         (["--seeds", "0"], "below 1"),
@@ -120,17 +168,28 @@ def test_bad_input_is_refused_in_one_line(arguments, says, preset, tmp_path, cap
     assert said.startswith("error: ")
     assert says in said
     assert "Valid: " in said
-    assert not list(out.glob("arms/*"))
+    assert not list(out.glob("trainings/*"))
 
 
 def test_the_rank_correlation_leaves_scratch_out():
     def entry(start, lag, end):
         return {"loss": {m: {"mean": v} for m, v in (("start", start), ("lag", lag), ("end", end))}}
 
-    summaries = {"scratch": entry(9, 9, 9), "a": entry(3, 1, 1), "b": entry(2, 2, 2), "c": entry(1, 3, 3)}
-    assert recipe.rank_correlation(summaries, "lag") == pytest.approx(1.0)
-    assert recipe.rank_correlation(summaries, "start") == pytest.approx(-1.0)
-    assert recipe.rank_correlation({"scratch": entry(9, 9, 9), "a": entry(3, 1, 1)}, "lag") is None
+    rows = {"a": (5, 1, 1), "b": (4, 2, 2), "c": (3, 3, 3), "d": (2, 4, 4), "e": (1, 5, 5)}
+    summaries = {"scratch": entry(9, 9, 0), **{name: entry(*losses) for name, losses in rows.items()}}
+    assert rank_correlation(summaries, "lag") == pytest.approx(1.0)
+    assert rank_correlation(summaries, "start") == pytest.approx(-1.0)
+    del summaries["e"]  # of fewer it says nothing
+    assert rank_correlation(summaries, "lag") is None
+
+
+def test_every_name_has_a_colour_of_its_own_that_never_changes():
+    names = [*FIXED, *(row.name for row in growlib.methods())]
+    colours = {name: to_hex(style_of(name)["color"]) for name in names}
+    assert len(set(colours.values())) == len(names)
+    # WIDTH+DEPTH: the colour of the width, and a line that it does not share with the width alone.
+    assert to_hex(style_of("lemon+stack")["color"]) == colours["lemon"]
+    assert len({str(style_of(name).get("linestyle")) for name in ("lemon", "lemon+stack", "lemon+gstack")}) == 3
 
 
 def test_the_flops_of_a_learned_map_against_the_counter():

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +17,11 @@ import teacher_factors
 from base import study
 from base.command import STOPPED
 from base.domains import code_and_prose, split
-from base.knowledge import Lab
+from base.job import Job, place
+from base.lab import Lab, fresh
 from base.measure import peak_bytes
 from base.setting import load_preset
-from base.store import write_json
+from base.start import Checkpoint, Continued, Grown
 from base.text import train_tokenizer
 from growlib import GrowError
 
@@ -47,9 +47,9 @@ def test_a_study_runs_and_a_second_run_uses_its_models(recipe, count, tmp_path):
         assert all(4 < loss < 7 for loss in losses)  # log 320 = 5.8 at the start
         assert len(set(losses)) > 0.7 * len(losses)
     assert (out / "report.md").read_text().count("\n| ") == count + 1
-    before = {path: path.stat().st_mtime_ns for path in (out / "models").rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in (out / "trainings").rglob("*")}
     assert recipe.main(arguments) == 0
-    assert before == {path: path.stat().st_mtime_ns for path in (out / "models").rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "trainings").rglob("*")}
 
 
 def test_a_study_is_of_as_many_seeds_as_asked(tmp_path, capsys):
@@ -88,27 +88,48 @@ def test_sparse_targets_of_a_real_model_point_where_the_whole_distribution_point
     assert angles["top-28, bucket"][1] > 0.9 * angles["top-28, bucket"][0]
 
 
-def test_what_decides_a_training_decides_where_it_is_kept(tmp_path, monkeypatch):
-    def pretend(_lab, path, *_):
-        write_json(path / "facts.json", {"losses": {}, "seconds": 0.0})
-
-    def kept(lab, rows, teacher=None):
-        return lab.learn("a", setting.initial, {"text": rows}, teacher).path
-
-    monkeypatch.setattr(Lab, "_train", pretend)
+def test_what_decides_a_training_decides_where_it_is_kept(tmp_path):
     setting, rows = load_preset("miniature"), np.arange(320, dtype=np.int32).reshape(10, 32)
     other = rows.copy()
     other[5, :2] = other[5, 1::-1]  # of the same sum
     lab = Lab(setting, tmp_path, train_tokenizer(["one text"], 320), {"text": rows})
-    settings = [{"model": "gpt2"}, {"text": dataclasses.replace(setting.text, vocab_size=640)}]
-    others = [{"setting": dataclasses.replace(setting, **fields)} for fields in settings]
-    others += [{"held_out": {"text": other}}, {"tokenizer": train_tokenizer(["another text"], 320)}]
-    teacher = tmp_path / "models" / "teacher"
-    paths = {kept(lab, rows), kept(lab, other), kept(lab, rows.reshape(20, 16)), kept(lab, rows, teacher)}
-    paths |= {kept(dataclasses.replace(lab, **fields), rows) for fields in others}
-    assert len(paths) == 4 + len(others)
-    monkeypatch.chdir(tmp_path)
-    assert kept(lab, rows, Path("models/teacher")) in paths
+    teacher, another = (Checkpoint(tmp_path / name, name) for name in ("teacher", "another"))
+    start = fresh(setting, setting.initial)
+    job = lab.job("a", start, {"text": rows}, learning_rate=1e-3, teachers=(teacher,), knowledge={"alpha": 1.0})
+    larger = dataclasses.replace(setting.text, vocab_size=640)
+    in_two_orders = [{"text": rows, "code": other}, {"code": other, "text": rows}]
+    others = {
+        "start": [
+            fresh(setting, setting.target),
+            fresh(dataclasses.replace(setting, model="gpt2"), setting.initial),
+            fresh(dataclasses.replace(setting, text=larger), setting.initial),
+            Continued(teacher),
+            Grown(teacher, start.config, "lossless", setting.learned),
+            Grown(another, start.config, "lossless", setting.learned),
+            Grown(teacher, start.config, "stack", setting.learned),
+            Grown(teacher, start.config, "ligo", setting.learned),
+            Grown(teacher, start.config, "ligo", dataclasses.replace(setting.learned, steps=5)),
+        ],
+        "blocks": [{"text": other}, {"text": rows.reshape(20, 16)}, {"code": rows}, *in_two_orders],
+        "held_out": [{"text": other}, *in_two_orders],
+        "tokenizer": [train_tokenizer(["another text"], 320)],
+        "training": [dataclasses.replace(job.training, **fields) for fields in ({"steps": 5}, {"batch_size": 4})],
+        "learning_rate": [2e-3],
+        "seed": [1],
+        "order": [1],
+        "mask_token": [1],
+        "teachers": [(another,), (teacher, another), (another, teacher), {"text": teacher}, {"0": teacher}, ()],
+        "knowledge": [{"alpha": 0.5}, {"alpha": 1.0, "gate": True}],
+        "keeps_model": [False],
+    }
+    assert set(others) == {field.name for field in dataclasses.fields(Job)} - {"name"}
+    jobs = [dataclasses.replace(job, **{name: value}) for name, values in others.items() for value in values]
+    assert len({place(one, tmp_path) for one in (job, *jobs)}) == 1 + len(jobs)
+    # Where a teacher lies decides nothing, nor does what a method that learns nothing would learn.
+    moved = dataclasses.replace(job, teachers=(Checkpoint(tmp_path / "elsewhere", "teacher"),))
+    assert place(moved, tmp_path) == place(job, tmp_path)
+    grown = [Grown(teacher, start.config, "stack", dataclasses.replace(setting.learned, steps=n)) for n in (5, 6)]
+    assert len({place(dataclasses.replace(job, start=one), tmp_path) for one in grown}) == 1
 
 
 def test_a_changed_file_is_read_anew(tmp_path):

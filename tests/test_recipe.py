@@ -1,6 +1,7 @@
 """The main job, end to end on the miniature preset, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import base.job
 import ki_plus_growth as recipe
 import sweep
 from base.command import STOPPED
@@ -22,12 +24,10 @@ from growlib import GrowError
 TWO_STEPS = 'extends = "miniature"\n[small]\nsteps = 2\n[training]\nsteps = 2\nwarmup_steps = 1\nevaluations = 2\n'
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A folder in which all four arms of the miniature preset are finished."""
-    folder = tmp_path_factory.mktemp("miniature")
-    assert recipe.main(["--preset", "miniature", "--out", str(folder)]) == 0
-    return folder
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same in a folder that a test may change."""
+    return shutil.copytree(finished, tmp_path / "copied")
 
 
 @pytest.fixture
@@ -45,7 +45,8 @@ def files_of(folder: Path) -> dict[str, int]:
 
 def test_results_json_follows_the_schema(finished):
     results = json.loads((finished / "results.json").read_text())
-    assert list(results) == ["setting", "arms", "flops_saved"]
+    assert list(results) == ["setting", "arms", "flops_saved", "reference"]
+    assert results["reference"] is None
     assert list(results["arms"]) == list(results["flops_saved"]) == list(ARMS)
     for name, arm in results["arms"].items():
         assert list(arm) == ["curve", "final_eval_loss", "flops", "seconds"]
@@ -83,27 +84,30 @@ def test_report_and_curves(finished):
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_second_run_uses_everything(finished, capsys):
-    before = files_of(finished)
-    assert recipe.main(["--preset", "miniature", "--out", str(finished)]) == 0
-    after = files_of(finished)
+def test_second_run_uses_everything(copied, capsys):
+    before = files_of(copied)
+    assert recipe.main(["--preset", "miniature", "--out", str(copied)]) == 0
+    after = files_of(copied)
     changed = {name for name in after if before.get(name) != after[name]}
     assert changed == {"results.json", "curves.png", "report.md"}
-    assert "scratch, weights, knowledge, both" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "scratch, weights, knowledge, both" in said
+    assert "other settings" not in said
+    assert said.startswith("1 process of ")
 
 
-def test_another_setting_is_trained_again_and_not_mixed(finished, tmp_path, capsys):
-    common = ["--preset", "miniature", "--arms", "weights", "--out", str(finished)]
+def test_another_setting_is_trained_again_and_not_mixed(copied, capsys):
+    common = ["--preset", "miniature", "--arms", "weights", "--out", str(copied)]
     assert recipe.main([*common, "--method", "lossless"]) == 0
-    assert "was of other settings" in capsys.readouterr().out
-    results = json.loads((finished / "results.json").read_text())
+    assert "results.json was of other settings (growth, method)" in capsys.readouterr().out
+    results = json.loads((copied / "results.json").read_text())
     assert set(results["arms"]) == set(ARMS) - {"both"}  # both depends on the method too
     assert results["setting"]["growth"] == "exact"
     # exact growth starts at the small model's loss
     small_loss = results["setting"]["small_model"]["eval_loss"]
     assert results["arms"]["weights"]["curve"][0]["eval_loss"] == pytest.approx(small_loss, abs=1e-4)
-    assert recipe.main(["--preset", "miniature", "--arms", "weights", "--out", str(finished)]) == 0
-    assert list(json.loads((finished / "results.json").read_text())["arms"]) == list(ARMS)
+    assert recipe.main(["--preset", "miniature", "--arms", "weights", "--out", str(copied)]) == 0
+    assert list(json.loads((copied / "results.json").read_text())["arms"]) == list(ARMS)
 
 
 @pytest.mark.slow
@@ -122,10 +126,8 @@ def test_two_processes_give_the_results_of_one(two_steps, tmp_path):
 
 
 def test_interrupted_run_goes_on(two_steps, tmp_path, monkeypatch, capsys):
-    import base.comparison
-
     arguments = ["--preset", two_steps, "--out", str(tmp_path / "out")]
-    train, trained = base.comparison.train, []
+    train, trained = base.job.train, []
 
     def stop_at_knowledge(name, *rest, **named):
         if name == "knowledge" and "knowledge" not in trained:
@@ -134,7 +136,7 @@ def test_interrupted_run_goes_on(two_steps, tmp_path, monkeypatch, capsys):
         trained.append(name)
         return train(name, *rest, **named)
 
-    monkeypatch.setattr(base.comparison, "train", stop_at_knowledge)
+    monkeypatch.setattr(base.job, "train", stop_at_knowledge)
     assert recipe.main(arguments) == STOPPED
     assert "same command" in capsys.readouterr().err
     assert recipe.main(arguments) == 0
@@ -153,7 +155,7 @@ def test_other_architectures(model, two_steps, tmp_path):
 
 
 def test_given_small_model_with_named_target(finished, two_steps, tmp_path):
-    small = next(finished.glob("small-*"))
+    small = next(finished.glob("trainings/small-*"))
     before = files_of(small)
     common = ["--preset", two_steps, "--small", str(small), "--arms", "scratch,weights"]
     out = tmp_path / "out"
@@ -182,12 +184,28 @@ def test_little_text_is_repeated_and_the_teacher_sees_other_text(tmp_path):
     assert results["setting"]["text_used"]["distinct_training_tokens"] == 320
 
 
-def test_sweep_writes_its_table(two_steps, tmp_path, capsys):
+def test_sweep_writes_its_table(two_steps, tmp_path):
     arguments = ["--preset", two_steps, "--arms", "scratch,weights", "--learning-rates", "1e-3,1e-2"]
-    sweep.sweep(sweep.parse([*arguments, "--out", str(tmp_path / "out")]))
+    assert sweep.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     lines = (tmp_path / "out" / "sweep.md").read_text().splitlines()
     assert len(lines) == 2 + 4
     assert sum("**" in line for line in lines) == 2
+
+
+def test_a_sweep_takes_a_given_model_target_and_text(finished, two_steps, tmp_path, monkeypatch):
+    small = next(finished.glob("trainings/small-*"))
+    text = tmp_path / "text.txt"
+    text.write_text(Path(recipe.__file__).read_text() * 40)
+    jobs, run = [], base.job.run
+    monkeypatch.setattr(base.job, "run", lambda job, folder: jobs.append(job) or run(job, folder))
+    arguments = ["--preset", two_steps, "--arms", "weights", "--learning-rates", "1e-3", "--small", str(small)]
+    arguments += ["--target", "hidden_size=24,num_attention_heads=3,num_key_value_heads=3", "--text", str(text)]
+    assert sweep.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    (job,) = jobs  # no small model is trained
+    assert job.start.source.path == small
+    assert job.start.config.hidden_size == 24
+    assert "ki_plus_growth" in job.tokenizer.decode(job.blocks["text"].ravel())
+    assert job.learning_rate == 1e-3
 
 
 @pytest.mark.parametrize("name", presets())
@@ -198,7 +216,7 @@ def test_every_preset_loads(name):
 
 
 def test_there_are_presets():
-    assert set(presets()) == {"demo", "demo-little-data", "gpu", "methods", "miniature"}
+    assert set(presets()) == {"demo", "demo-little-data", "demo-long", "demo-teacher", "gpu", "methods", "miniature"}
 
 
 @pytest.mark.parametrize(
@@ -227,8 +245,7 @@ def test_bad_input_is_refused_in_one_line(arguments, says, two_steps, tmp_path, 
     assert said.startswith("error: ")
     assert says in said
     assert "Valid: " in said
-    assert not list(out.glob("arms/*"))
-    assert not list(out.glob("small-*"))
+    assert not list(out.glob("trainings/*"))
     assert not list(out.glob(".*"))
 
 
@@ -243,8 +260,8 @@ def test_a_file_is_no_folder_of_results(two_steps, capsys):
     arguments = ["--preset", two_steps, "--out", two_steps]
     assert recipe.main(arguments) == 2
     assert "nothing can be written there" in capsys.readouterr().err
-    with pytest.raises(GrowError, match="nothing can be written there"):
-        sweep.sweep(sweep.parse(arguments))
+    assert sweep.main(arguments) == 2
+    assert "nothing can be written there" in capsys.readouterr().err
 
 
 def test_too_little_text_is_refused(two_steps, tmp_path, capsys):
@@ -320,6 +337,19 @@ def test_forward_flops_against_arithmetic():
     rotary = length * 4  # positions times head_dim / 2 frequencies
     expected = 2 * (linear * length + attention)
     assert forward_flops(LlamaForCausalLM(config), length) in {expected, expected + 2 * rotary}
+
+
+def test_a_mixture_is_compared_with_a_mixture_from_scratch(finished, two_steps, tmp_path):
+    small = str(next(finished.glob("trainings/small-*")))
+    arguments = ["--preset", two_steps, "--small", small, "--arms", "scratch,weights", "--method", "lossless"]
+    mixture = "model_type=mixtral,num_local_experts=4,num_experts_per_tok=2,num_hidden_layers=1"
+    assert recipe.main([*arguments, "--target", mixture, "--out", str(tmp_path / "out")]) == 0
+    arms = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]
+    # Two experts of the dense layer's width each: its three products once more, and a router, for each token.
+    dense, hidden, ffn = forward_flops(AutoModelForCausalLM.from_pretrained(small), 32), 16, 24
+    added = 32 * 2 * hidden * (3 * ffn + 4)
+    for arm in arms.values():
+        assert arm["flops"]["student"] == 2 * 8 * 3 * (dense + added)  # two steps of eight sequences
 
 
 def test_savings_are_interpolated_and_null_where_never_reached():

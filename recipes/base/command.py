@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import os
+import platform
 import sys
 from collections.abc import Callable
 
@@ -21,11 +23,36 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+def counted(number: str | int, one: str, several: str) -> str:
+    """A number with its noun."""
+    return f"{number} {one if number == 1 else several}"
+
+
+def environment() -> dict[str, str | int]:
+    """What a result ran on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "processes": PartialState().num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def machine() -> str:
+    """What a recipe runs on: a launcher may have started fewer processes than one thinks."""
+    found = environment()
+    processes = counted(found["processes"], "process", "processes")
+    return f"{processes} of {counted(found['threads'], 'thread', 'threads')}, {found['device']}."
+
+
 def guarded(work: Callable[[], None], when_stopped: str = KEPT) -> int:
     """Do the work; the exit code. What the user can mend is said in one line, and what Ctrl-C leaves."""
     logging.getLogger("growlib").setLevel(logging.ERROR)  # an inexact growth stands in the report
     transformers.utils.logging.disable_progress_bar()  # of loading and saving; the long parts have their own
     processes = PartialState(cpu=not torch.accelerator.is_available())  # those that torchrun or accelerate started
+    say(machine())
     try:
         work()
         gc.collect()  # what still holds the process group, before it goes

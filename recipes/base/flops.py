@@ -26,10 +26,10 @@ import growlib
 def forward_flops(model: PreTrainedModel, length: int) -> int:
     """FLOPs of one forward pass over one sequence, measured on a copy that is not initialised.
 
-    The copy runs eager attention, whose products the counter sees on every device.
+    The copy runs eager attention and eager experts, whose products the counter sees on every device.
     """
     with no_init_weights():
-        copy = type(model)._from_config(model.config, attn_implementation="eager")
+        copy = type(model)._from_config(model.config, attn_implementation="eager", experts_implementation="eager")
     copy.eval()
     ids = torch.zeros(1, length, dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -70,17 +70,14 @@ def flops_saved(arms: Mapping[str, Any], small_flops: float = 0.0) -> dict[str, 
 
     Args:
         arms: results per arm, as in results.json.
-        small_flops: what training the small model cost, charged to every arm that uses it.
+        small_flops: what training the small model cost, charged to every arm but scratch.
     """
     if "scratch" not in arms:
         return dict.fromkeys(arms)
-    scratch = arms["scratch"]
-    total = scratch["flops"]["student"]
-    saved: dict[str, float | None] = {}
-    for arm, result in arms.items():
-        if arm == "scratch":
-            saved[arm] = 0.0
-            continue
-        needed = flops_to_reach(result["curve"], scratch["final_eval_loss"])
-        saved[arm] = None if needed is None else 1.0 - (needed + small_flops) / total
-    return saved
+    return {name: saved_against(arms["scratch"], arm, small_flops) for name, arm in arms.items()} | {"scratch": 0.0}
+
+
+def saved_against(other: Mapping[str, Any], result: Mapping[str, Any], charged: float = 0.0) -> float | None:
+    """1 - (FLOPs of a result to reach the other's final loss, and what it is charged with) / (the other's FLOPs)."""
+    needed = flops_to_reach(result["curve"], other["final_eval_loss"])
+    return None if needed is None else 1.0 - (needed + charged) / sum(other["flops"].values())

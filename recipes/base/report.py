@@ -5,41 +5,59 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from base.comparison import ARMS
 from base.flops import flops_saved
+from base.plots import draw_curves
+from base.reference import NAME, against_the_better
 from base.store import write_json, write_text
 
-HEADER = (
-    "arm",
-    "held-out loss",
-    "FLOPs",
-    "of which teacher",
-    "seconds",
-    "FLOPs saved",
-    "small model counted",
-)
+HEADER = ("arm", "held-out loss", "FLOPs", "of which teacher", "seconds", "FLOPs saved", "small model counted")
+AGAINST_THE_BETTER = "saved against the better"
 
 
-def results_of(setting: Mapping[str, Any], arms: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of results.json."""
-    return {"setting": dict(setting), "arms": dict(arms), "flops_saved": flops_saved(arms)}
+def results_of(
+    setting: Mapping[str, Any], arms: Mapping[str, Any], reference: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The content of results.json; `reference` is None where it was not trained."""
+    results = {"setting": dict(setting), "arms": dict(arms), "flops_saved": flops_saved(arms), "reference": reference}
+    if reference:
+        better = against_the_better(arms, reference) if "scratch" in arms else {}
+        results["reference"] = {"name": NAME, **reference, **better}
+    return results
 
 
 def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The rows of the comparison as text, the header first, then the small model and one row per arm."""
-    small, arms = results["setting"]["small_model"], results["arms"]
-    with_small = flops_saved(arms, small["flops"]) if small["flops"] is not None else dict.fromkeys(arms)
-    rows: list[tuple[str, ...]] = [
-        HEADER,
-        ("(small)", f"{small['eval_loss']:.3f}", *_cost(small["flops"], 0, small["seconds"]), "", ""),
-    ]
-    for arm, result in arms.items():
-        flops = result["flops"]
-        cost = _cost(flops["student"] + flops["teacher"], flops["teacher"], result["seconds"])
-        saved = (
-            ("", "") if arm == "scratch" else (_saved(results, arm), _share(with_small[arm], small["flops"] is None))
-        )
-        rows.append((arm, f"{result['final_eval_loss']:.3f}", *cost, *saved))
+    """The rows of the comparison as text, the header first, then what was there before, the arms, and the reference."""
+    setting, arms, reference = results["setting"], results["arms"], results["reference"]
+    small, teachers = setting["small_model"], others_than_small(setting)
+    known = [("(small)", small), *(("(teacher)", one) for one in teachers)]
+    blank = ("", "", "") if reference else ("", "")
+    rows: list[tuple[str, ...]] = [(*HEADER, AGAINST_THE_BETTER) if reference else HEADER]
+    for name, one in known:
+        rows.append((name, f"{one['eval_loss']:.3f}", *_cost(one["flops"], 0, one["seconds"]), *blank))
+    users = [name for name in arms if name != "scratch" and not (name == "knowledge" and teachers)]
+    counted = flops_saved(arms) | {n: flops_saved(arms, small["flops"] or 0.0)[n] for n in users}
+    for name, result in arms.items():
+        saved = blank
+        if name != "scratch":
+            unknown = name in users and small["flops"] is None
+            saved = (_saved(results, name), _share(counted[name], unknown or "scratch" not in arms))
+            saved = (*saved, _better(reference, name)) if reference else saved
+        rows.append((name, *_row(result), *saved))
+    if reference:
+        rows.append((NAME, *_row(reference), *blank))
     return rows
+
+
+def others_than_small(setting: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The teachers, where the small model is none of them."""
+    return [one for one in setting["teachers"] if one["key"] != setting["small_model"]["key"]]
+
+
+def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
+    flops = result["flops"]
+    cost = _cost(flops["student"] + flops["teacher"], flops["teacher"], result["seconds"])
+    return f"{result['final_eval_loss']:.3f}", *cost
 
 
 def _cost(flops: float | None, teacher: float, seconds: float | None) -> tuple[str, str, str]:
@@ -49,6 +67,11 @@ def _cost(flops: float | None, teacher: float, seconds: float | None) -> tuple[s
 
 def _saved(results: Mapping[str, Any], arm: str) -> str:
     return _share(results["flops_saved"][arm], unknown="scratch" not in results["arms"])
+
+
+def _better(reference: Mapping[str, Any], arm: str) -> str:
+    saved = reference.get("flops_saved", {})
+    return _share(saved.get(arm), unknown=not saved)
 
 
 def _share(share: float | None, unknown: bool) -> str:
@@ -82,33 +105,79 @@ def shown(value: Mapping[str, float | None], form: str) -> str:
 
 def remarks(results: Mapping[str, Any]) -> list[str]:
     """What a reader must know before believing the table."""
-    setting, arms = results["setting"], results["arms"]
-    small_loss = setting["small_model"]["eval_loss"]
+    setting, arms, reference = results["setting"], results["arms"], results["reference"]
     said = [
         "FLOPs saved: 1 - (FLOPs, the teacher's included, at which the arm first reaches scratch's final "
-        "held-out loss, linear between two evaluations) / (scratch's FLOPs). The last column adds the small "
-        "model's own training to the arm's.",
+        "held-out loss, linear between two evaluations) / (scratch's FLOPs). The column beside it adds the small "
+        "model's own training to the arms that use it.",
         f"Start of the grown arms: method {setting['method']}, {setting['growth']}.",
+        *(_of_teachers(setting) if any(ARMS[name].knowledge for name in arms) else []),
+        *remarks_on_text(setting),
     ]
     if "scratch" not in arms:
         return [*said, "Arm scratch is missing, so nothing can be said about savings."]
     scratch_loss = arms["scratch"]["final_eval_loss"]
-    if scratch_loss < small_loss:
-        verdict = f"Scratch ends at {scratch_loss:.3f}, below the small model's {small_loss:.3f}, as it must."
-    else:
-        verdict = (
-            f"THE COMPARISON MEANS NOTHING: scratch ends at {scratch_loss:.3f}, not below the small model's "
-            f"{small_loss:.3f}. Who has the small model has no reason to train the larger one so briefly; "
-            "train the arms for longer."
+    said.append(verdict_on_small(scratch_loss, setting["small_model"]["eval_loss"]))
+    if reference:
+        return [*said, verdict_on_reference(scratch_loss, reference["final_eval_loss"])]
+    return [*said, f"The reference, {NAME!r} for the FLOPs of the arms, is missing: --reference trains it."]
+
+
+def _of_teachers(setting: Mapping[str, Any]) -> list[str]:
+    knowledge = setting["knowledge"]
+    names = ", ".join(f"{one['name']} (held-out loss {one['eval_loss']:.3f})" for one in setting["teachers"])
+    averaged = " Their distributions are averaged." if len(setting["teachers"]) > 1 else ""
+    return [
+        f"Teacher: {names}.{averaged} Its weight: {knowledge['alpha']:g} at first, schedule {knowledge['schedule']}, "
+        f"stop at {knowledge['stop_at']}."
+    ]
+
+
+def remarks_on_text(setting: Mapping[str, Any]) -> list[str]:
+    """Where there was less text than the preset means."""
+    used, asked, said = setting["text_used"], setting["text"], []
+    distinct, seen = used["distinct_training_tokens"], setting["training"]["steps"] * setting["tokens_per_step"]
+    if distinct < seen:
+        warning = "" if asked["train_tokens"] else "WARNING: "
+        said.append(f"{warning}{seen:,} tokens were trained on, {distinct:,} of them distinct: text came again.")
+    if used["held_out_tokens"] <= asked["held_out_tokens"] - asked["sequence_length"]:
+        said.append(
+            f"WARNING: {used['held_out_tokens']:,} tokens were held out, {asked['held_out_tokens']:,} were asked: "
+            "the held-out losses are coarser."
         )
-    return [*said, verdict]
+    return said
+
+
+def verdict_on_small(scratch_loss: float, small_loss: float) -> str:
+    """Whether the arms were trained for long enough to mean anything."""
+    if scratch_loss < small_loss:
+        return f"Scratch ends at {scratch_loss:.3f}, below the small model's {small_loss:.3f}, as it must."
+    return (
+        f"THE COMPARISON MEANS NOTHING: scratch ends at {scratch_loss:.3f}, not below the small model's "
+        f"{small_loss:.3f}. Who has the small model has no reason to train the larger one so briefly; "
+        "train the arms for longer."
+    )
+
+
+def verdict_on_reference(scratch_loss: float, reference_loss: float) -> str:
+    """Whether scratch is what its reader would do otherwise."""
+    how = (
+        f"{NAME!r} is the small model with a new schedule, for the FLOPs of the arm that gets most; it ends at "
+        f"{reference_loss:.3f}"
+    )
+    what = f"The column {AGAINST_THE_BETTER!r} is that of FLOPs saved with the lower of the two instead of scratch."
+    if scratch_loss <= reference_loss:
+        return f"{how}, not below scratch's {scratch_loss:.3f}: scratch is what to beat. {what}"
+    return f"SCRATCH IS NOT WHAT TO BEAT: it ends at {scratch_loss:.3f}. {how}. {what} Believe that one."
 
 
 def write_report(folder: Path, results: Mapping[str, Any]) -> None:
     """Write results.json, curves.png and report.md into a folder."""
     write_json(folder / "results.json", results)
-    draw_curves(folder / "curves.png", results)
-    setting = results["setting"]
+    setting, reference = results["setting"], results["reference"]
+    named = results["arms"] | ({NAME: reference} if reference else {})
+    small_loss = setting["small_model"]["eval_loss"]
+    draw_curves(folder / "curves.png", {name: result["curve"] for name, result in named.items()}, small_loss)
     said = "\n".join(f"- {remark}" for remark in remarks(results))
     text = f"""# Growing {setting["model"]}: {", ".join(results["arms"])}
 
@@ -125,26 +194,3 @@ Preset {setting["preset"]}, seed {setting["seed"]}, {setting["training"]["steps"
 All settings and all curves are in results.json.
 """
     write_text(folder / "report.md", text)
-
-
-def draw_curves(path: Path, results: Mapping[str, Any]) -> None:
-    """Held-out loss against FLOPs, with the small model's loss and scratch's final loss as lines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="FLOPs, the teacher's included", ylabel="held-out loss, nats per token")
-    small_loss = results["setting"]["small_model"]["eval_loss"]
-    for arm, result in results["arms"].items():
-        points = result["curve"]
-        axes.plot([p["flops"] for p in points], [p["eval_loss"] for p in points], label=arm)
-    axes.axhline(small_loss, color="grey", linestyle=":", label="small model")
-    finals = [result["final_eval_loss"] for result in results["arms"].values()]
-    if "scratch" in results["arms"]:
-        axes.axhline(results["arms"]["scratch"]["final_eval_loss"], color="grey", linestyle="--", label="scratch's end")
-    axes.set_ylim(min([small_loss, *finals]) - 0.1, max([small_loss, *finals]) + 1.0)
-    axes.legend()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)

@@ -6,11 +6,11 @@ defaults, so that a preset (with those that it extends) says everything.
 
 import dataclasses
 import tomllib
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from growlib import GrowError
 
@@ -75,13 +75,35 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A teacher of the arms with knowledge that is trained for it, from random values, as the small model is."""
+
+    sizes: Sizes
+    text: str  # as in `Small`
+    steps: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the small model reaches by itself: trained on for the FLOPs of the arms. Its schedule is the arms'."""
+
+    trained: bool
+    learning_rate: float
+
+
+@dataclass(frozen=True)
 class Knowledge:
-    """`growlib.KIConfig` without its teacher, which is the small model."""
+    """`growlib.KIConfig` without its teacher."""
 
     schedule: str
-    stop_at: float
+    stop_at: float | str  # a share of training, "auto", or "none"
     temperature: float
     alpha: float
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of `growlib.KIConfig`."""
+        return dataclasses.asdict(self) | {"stop_at": None if self.stop_at == "none" else self.stop_at}
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,7 @@ class Compare:
     methods: list[str]  # names of `growlib.methods()`; what lacks a width or a depth gets that of lossless
     seeds: int  # how many: the setting's seed and the next ones
     lag: int  # the step after which methods are ranked
+    learning_rates: list[float]  # each method trains at its own best one
 
 
 @dataclass(frozen=True)
@@ -114,10 +137,12 @@ class Setting:
     target: Sizes
     small: Small
     training: Training
+    reference: Reference
     knowledge: Knowledge
     learned: Learned
     compare: Compare
     learning_rate: Mapping[str, float]  # per arm, each the winner of a sweep of its own
+    teacher: Teacher | None = None  # None: the small model teaches
 
     @property
     def tokens_per_step(self) -> int:
@@ -140,7 +165,8 @@ def load_preset(name: str) -> Setting:
     length, held_out = setting.text.sequence_length, setting.text.held_out_tokens
     if held_out < length:
         raise GrowError(f"{asked}, text, held_out_tokens", f"{held_out} is less than one sequence", f"{length} or more")
-    for name, sizes in (("initial", setting.initial), ("target", setting.target)):
+    of_teacher = [("teacher, sizes", setting.teacher.sizes)] if setting.teacher else []
+    for name, sizes in [("initial", setting.initial), ("target", setting.target), *of_teacher]:
         for whole, part in (("hidden", "heads"), ("heads", "kv_heads")):
             size, parts = getattr(sizes, whole), getattr(sizes, part)
             if size % parts:
@@ -175,14 +201,15 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(kind: type, rows: Mapping[str, Any], asked: str) -> Any:
-    """A dataclass from a table, each entry once and of its type."""
-    types = typing.get_type_hints(kind)
+    """A dataclass from a table, each entry once and of its type; a section that may be None may be missing."""
+    types = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
-    unknown, missing = sorted(set(rows) - set(names)), [name for name in names if name not in rows]
+    needed = [name for name in names if type(None) not in get_args(types[name])]
+    unknown, missing = sorted(set(rows) - set(names)), [name for name in needed if name not in rows]
     if unknown or missing:
         parts = [f"unknown: {', '.join(unknown)}"] * bool(unknown) + [f"missing: {', '.join(missing)}"] * bool(missing)
         raise GrowError(f"{asked}, {kind.__name__.lower()}", "; ".join(parts), f"exactly {', '.join(names)}")
-    values = {name: _value(types[name], rows[name], f"{asked}, {name}") for name in names}
+    values = {name: _value(types[name], rows[name], f"{asked}, {name}") for name in names if name in rows}
     for name, value in values.items():
         least = 0 if name in MAY_BE_0 else 1
         if types[name] is int and value < least:
@@ -191,12 +218,20 @@ def _build(kind: type, rows: Mapping[str, Any], asked: str) -> Any:
 
 
 def _value(kind: Any, value: Any, asked: str) -> Any:
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
-        return _build(kind, value, asked)
-    if kind is float and type(value) is int:
+    """A value of a type, or of one of several."""
+    kinds = [one for one in (get_args(kind) if isinstance(kind, UnionType) else (kind,)) if one is not NoneType]
+    table: Any = next((one for one in kinds if dataclasses.is_dataclass(one)), None)
+    if table is not None and isinstance(value, Mapping):
+        return _build(table, value, asked)
+    if float in kinds and type(value) is int:
         return float(value)
-    plain = typing.get_origin(kind) or kind
-    expected = Mapping if dataclasses.is_dataclass(kind) else plain
-    if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
-        raise GrowError(asked, f"{value!r} is no {getattr(expected, '__name__', expected)}", f"a {expected.__name__}")
+    plain = tuple(Mapping if one is table else get_origin(one) or one for one in kinds)
+    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join(one.__name__ for one in plain)
+        raise GrowError(asked, f"{value!r} is no {names}", f"a {names}")
+    parts = get_args(kind)
+    if get_origin(kind) is list:
+        return [_value(parts[0], one, asked) for one in value]
+    if get_origin(kind) is Mapping and parts[1] is not Any:
+        return {name: _value(parts[1], one, f"{asked}, {name}") for name, one in value.items()}
     return value

@@ -2,16 +2,14 @@
 
 import argparse
 import dataclasses
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from accelerate import PartialState
 
-from base.command import guarded, say
+from base.command import environment, guarded, say
+from base.options import parser_of
 from base.report import as_markdown, as_text, mean_and_deviation, shown
 from base.setting import Setting, load_preset
 from base.store import open_folder, write_json, write_text
@@ -29,7 +27,7 @@ def main(doc: str | None, title: str, one_seed: OneSeed, arguments: list[str] | 
         doc: its help.
         one_seed: the trainings with the seed of a setting, whose models are kept in a folder.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(doc)
     parser.add_argument("--preset", default="demo", help="a name in recipes/presets, or a .toml file (default: demo)")
     parser.add_argument("--seed", type=int, help="the first seed (default: the preset's)")
     parser.add_argument("--seeds", type=int, default=1, help="how many (default: 1)")
@@ -80,13 +78,3 @@ def _cell(values: list[float]) -> str:
     if all(isinstance(value, int) for value in values) and len(set(values)) == 1:  # a size, not a measurement
         return str(values[0])
     return shown(mean_and_deviation(values), "{:.3f}")
-
-
-def environment() -> dict[str, str | int]:
-    """What a study ran on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-    }

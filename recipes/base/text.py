@@ -6,10 +6,11 @@ Shapes: L sequence length; blocks are int32 arrays [number, L].
 import hashlib
 import site
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ SKIPPED_FOLDERS = {
     "__pycache__",
 }
 IGNORED = -100
+DOMAIN = "domain"  # the column that names an example's domain
 MASKED_SHARE = 0.15  # BERT (arXiv 1810.04805); all of them become the mask token
 
 
@@ -144,12 +146,13 @@ def prepare(setting: Text, small: Path | None, store: Path) -> Corpus:
     """
     texts = list(_first_bytes(read_files(setting.source), setting.max_bytes))
     digest = key_of([hashlib.sha256(text.encode()).hexdigest() for text in texts])
-    given = (small / "tokenizer.json").read_text(encoding="utf-8") if small else None
-    key = key_of(digest, setting.vocab_size, setting.tokenizer_bytes, given)
+    given = tokenizer_at(f"--small {small}", small) if small else None
+    described = _described(small, given) if small and given else None
+    key = key_of(digest, setting.vocab_size, setting.tokenizer_bytes, described)
     folder = store / f"text-{key}"
     if not folder.exists():
-        write_folder(folder, lambda empty: _encode_all(empty, setting, small, texts))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+        write_folder(folder, lambda empty: _encode_all(empty, setting, given, texts))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     blocks = {part: _blocks(np.load(folder / f"{part}.npy"), setting.sequence_length) for part in ("train", "held_out")}
     evaluated = setting.held_out_tokens // setting.sequence_length
     if len(blocks["held_out"]) == 0 or len(blocks["train"]) == 0:
@@ -163,15 +166,29 @@ def prepare(setting: Text, small: Path | None, store: Path) -> Corpus:
     return Corpus(key, tokenizer, blocks["train"], blocks["held_out"][spread], len(texts))
 
 
-def _encode_all(folder: Path, setting: Text, small: Path | None, texts: list[str]) -> None:
+def tokenizer_at(asked: str, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a checkpoint. Raises GrowError where there is none; no code of it is run."""
+    if not any((folder / f"tokenizer{end}").is_file() for end in (".json", "_config.json")):
+        raise GrowError(asked, "there is no tokenizer beside it", "a folder with a model and its tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # what tokenizers raises has no class of its own
+        wrong = f"its tokenizer cannot be read ({str(error).strip().partition(chr(10))[0]})"
+        raise GrowError(asked, wrong, "a tokenizer of transformers") from error
+
+
+def _described(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What tells a tokenizer from others."""
+    whole = folder / "tokenizer.json"
+    return whole.read_text(encoding="utf-8") if whole.is_file() else tokenizer.get_vocab()
+
+
+def _encode_all(folder: Path, setting: Text, given: PreTrainedTokenizerBase | None, texts: list[str]) -> None:
     parts = {
         "train": [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY],
         "held_out": [text[:HELD_OUT_CHARS] for text in texts[::HELD_OUT_EVERY]],
     }
-    if small:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(small)
-    else:
-        tokenizer = train_tokenizer(_first_bytes(parts["train"], setting.tokenizer_bytes), setting.vocab_size)
+    tokenizer = given or train_tokenizer(_first_bytes(parts["train"], setting.tokenizer_bytes), setting.vocab_size)
     tokenizer.save_pretrained(folder)
     for part, of_part in parts.items():
         np.save(folder / f"{part}.npy", _encode(tokenizer, of_part, f"tokens, {part.replace('_', '-')}"))
@@ -251,6 +268,25 @@ class Ordered(Dataset):
             "input_ids": ids.masked_fill(chosen, self.mask_token),
             "labels": ids.masked_fill(~chosen, IGNORED),
         }
+
+
+class OfDomains(Dataset):
+    """The blocks of several domains, shuffled together in the order of `Ordered`; `named` ones say their domain."""
+
+    def __init__(
+        self, parts: Mapping[str, np.ndarray], number: int, seed: int, mask_token: int | None, named: bool
+    ) -> None:
+        blocks = np.concatenate(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
+        self.ordered, self.named = Ordered(blocks, number, seed, mask_token), named
+        names = [name for name, rows in parts.items() for _ in range(len(rows))]
+        self.domains = [names[block] for block in self.ordered.order]  # in the order of training
+
+    def __len__(self) -> int:
+        return len(self.ordered)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        row = self.ordered[position]
+        return {**row, DOMAIN: self.domains[position]} if self.named else row
 
 
 def mask_token_of(tokenizer: PreTrainedTokenizerBase, masked: bool) -> int | None:

@@ -20,8 +20,10 @@ from transformers import (
 )
 
 from base.setting import Training
-from base.text import Ordered
+from base.text import OfDomains, Ordered
 from growlib import GrowError, KIConfig, KITrainer
+
+STOPPED = "ki/stopped"  # what KITrainer logs of `stop_at="auto"`
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Run:
 
     curve: list[tuple[int, float]]  # (step, held-out loss)
     seconds: float
+    stopped: int | None  # the step from which the teacher was gone, where it left by itself
 
 
 class CurveCallback(TrainerCallback):
@@ -60,7 +63,7 @@ class CurveCallback(TrainerCallback):
 def train(
     name: str,
     model: PreTrainedModel,
-    train_blocks: Ordered,
+    train_blocks: OfDomains,
     held_out_blocks: Ordered,
     tokenizer: PreTrainedTokenizerBase,
     training: Training,
@@ -85,7 +88,9 @@ def train(
             trainer.train()
         finally:
             curve.bar.close()
-    return Run(curve.curve, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        left = [int(log[STOPPED]) for log in trainer.state.log_history if STOPPED in log]
+    return Run(curve.curve, seconds, left[0] if left else None)
 
 
 def evaluate(
@@ -100,7 +105,7 @@ def evaluate(
 def _trainer(
     model: PreTrainedModel,
     arguments: TrainingArguments,
-    train_blocks: Ordered | None,
+    train_blocks: OfDomains | None,
     held_out_blocks: Ordered,
     tokenizer: PreTrainedTokenizerBase,
     ki: KIConfig | None,
