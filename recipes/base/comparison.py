@@ -111,9 +111,8 @@ def prepare(
             known = [trained("teacher", job.run(of_teacher, folder))]
     else:
         known = known or [of_small]
-    return Prepared(
-        lab, corpus, blocks, plan, class_like(type(model), model.config.model_type, plan.config), of_small, tuple(known)
-    )
+    model_class = class_like(type(model), model.config.model_type, plan.config)
+    return Prepared(lab, corpus, blocks, plan, model_class, of_small, tuple(known))
 
 
 def _fields(sizes: Sizes, model: PreTrainedModel, option: str) -> Mapping[str, int]:
