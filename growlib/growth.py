@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib import checkpoint, config, operators, upcycling
 from growlib.apply import apply
-from growlib.checkpoint import Source, logger
+from growlib.checkpoint import Source, dtype_of, logger
 from growlib.config import Target
 from growlib.errors import GrowError
 from growlib.growth_plan import GrowthPlan, Skeleton
@@ -116,11 +116,3 @@ def check_plan(growth: GrowthPlan, model: PreTrainedModel, method: str | Method,
     ]
     if other:
         raise GrowError(asked, f"the source is another one: {'; '.join(other[:3])}", "the source that it was made for")
-
-
-def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point dtype by its name or as it is. Raises GrowError for anything else."""
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
-        raise GrowError(f"a result of dtype {dtype!r}", "it is no floating-point dtype", "such as torch.bfloat16")
-    return wanted
