@@ -1,5 +1,9 @@
 """The entry points of the weights half: plan a growth, and carry it out."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -7,9 +11,11 @@ from growlib import checkpoint, config, operators, upcycling
 from growlib.apply import apply
 from growlib.checkpoint import Source, dtype_of, logger
 from growlib.config import Target
+from growlib.costs import bytes_of
 from growlib.errors import GrowError
 from growlib.growth_plan import GrowthPlan, Skeleton
-from growlib.inference import architecture_of
+from growlib.inference import architecture_of, fields
+from growlib.limits import refuse_impossible, refuse_without_memory
 from growlib.operators import Method
 from growlib.planner import Request, layer_map, make_plan
 
@@ -27,21 +33,34 @@ def plan(
     return plan_of(*checkpoint.describe(small_ckpt), target_config, method, seed)
 
 
+def _dtype_in(target_config: Target) -> str | None:
+    """The dtype that a dict of overrides names for the result."""
+    named = target_config.get("dtype", target_config.get("torch_dtype")) if isinstance(target_config, Mapping) else None
+    return None if named is None else str(dtype_of(named)).removeprefix("torch.")
+
+
 def plan_of(
     model_class: type[PreTrainedModel], source: Skeleton, target_config: Target, method: str | Method, seed: int
 ) -> GrowthPlan:
     """The same for a class and a skeleton."""
     table, chosen = architecture_of(source.config, model_class), operators.method(method)
+    effect_of = partial(fields.effect_of, model_class, source.config)
+    if isinstance(target_config, PreTrainedConfig | Mapping):
+        refuse_impossible(source, table, target_config)
     layers = chosen if chosen.depth else operators.method("lossless")  # so that make_plan can say that depth is missing
     target = config.resolve(source.config, target_config, table, lambda old, new: layer_map(layers, old, new).source)
     if target.model_type == source.config.model_type:
         if chosen.reset:
             raise GrowError(f"method {chosen.name!r}", "the target has no experts to make", "the config of a mixture")
-        return make_plan(Request(table, chosen, seed, source, checkpoint.skeleton_of(model_class, target)))
+        wide = checkpoint.skeleton_of(model_class, target)
+        growth = make_plan(Request(table, chosen, seed, source, wide, effect_of))
+        return replace(growth, dtype=_dtype_in(target_config))
     mixture, dense = upcycling.decide(model_class, source.config, target, table, chosen, seed)
-    growth = make_plan(Request(table, chosen, seed, source, checkpoint.skeleton_of(model_class, dense)))
+    wide = checkpoint.skeleton_of(model_class, dense)
+    growth = make_plan(Request(table, chosen, seed, source, wide, effect_of))
     mixture_class = checkpoint.class_like(model_class, source.config.model_type, target)
-    return upcycling.joined(growth, mixture, checkpoint.skeleton_of(mixture_class, target))
+    growth = upcycling.joined(growth, mixture, checkpoint.skeleton_of(mixture_class, target))
+    return replace(growth, dtype=_dtype_in(target_config))
 
 
 def expand(
@@ -90,8 +109,10 @@ def expand(
         raise GrowError(asked, "; ".join(growth.reasons), "another target, or exact=None for the closest growth")
     if growth.reasons and exact is None:
         logger.warning("this growth does not preserve the function: %s", "; ".join(growth.reasons))
+    wanted = wanted or dtype_of(growth.dtype) or model.dtype
+    refuse_without_memory(f"growing a {growth.model_class}", bytes_of(growth, wanted))
     model_class = checkpoint.class_like(type(model), model.config.model_type, growth.config)
-    grown = checkpoint.empty_model(model, growth.config, wanted or model.dtype, model_class)
+    grown = checkpoint.empty_model(model, growth.config, wanted, model_class)
     tensors = apply(growth, model.state_dict())
     checkpoint.fill(grown, upcycling.mix(growth.mixture, dict(tensors)) if growth.mixture else tensors)
     return grown
