@@ -125,7 +125,7 @@ def _config_in(asked: str, folder: Path) -> PreTrainedConfig:
 
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a config names, or transformers' first one for its model type. Raises GrowError."""
-    names = list(config.architectures or [])
+    names = list(config.architectures) if isinstance(config.architectures, list) else []
     for mapping in _MAPPINGS:
         entry = mapping.get(config.model_type, ())
         names += [entry] if isinstance(entry, str) else list(entry)
@@ -137,7 +137,7 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def _model_class(asked: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    names = config.architectures or []
+    names = config.architectures if isinstance(config.architectures, list) else []
     model_class = _class_named(names[0]) if names else None
     if model_class is None:
         wrong = f"config.json names the architecture {names[0]!r}" if names else "config.json names no architecture"

@@ -28,7 +28,7 @@ from growlib.layouts import layout_text
 from growlib.papers import bibtex
 from growlib.verification import verify as compare
 
-UNCHECKED = 3  # exit code: written, and the closing check could not run
+UNCHECKED = 3  # exit code: the check could not run, or cannot tell
 WIDTH, NARROW = 100, 16  # columns of a table, and those that each of its columns may keep
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -62,14 +62,11 @@ def _measured(source: PreTrainedModel, grown: PreTrainedModel, options: argparse
         return UNCHECKED, f"written, but {wrong}"
     if options.exact and not measured.exact:
         raise GrowError(asked, f"the closing check says: {measured}", "no --exact, which writes it all the same")
-    return 0, str(measured)
+    return UNCHECKED if measured.verdict == "cannot tell" else 0, str(measured)
 
 
 def plan(options: argparse.Namespace) -> int:
     growth = _plan(options)
-    if growth.reasons and options.exact:
-        asked = f"planning to grow {growth.source.model_type} with method {growth.method!r} and --exact"
-        raise GrowError(asked, "; ".join(growth.reasons), "another target, or no --exact for the closest growth")
     if options.save:
         growth.save(options.save)
     if options.json:
@@ -83,7 +80,15 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> GrowthPlan:
-    """The plan that the options name or describe."""
+    """The plan that the options name or describe. Raises GrowError where --exact is not kept."""
+    growth = _any_plan(options)
+    if growth.reasons and options.exact:
+        asked = f"growing {growth.source.model_type} with method {growth.method!r} and --exact"
+        raise GrowError(asked, "; ".join(growth.reasons), "another target, or no --exact for the closest growth")
+    return growth
+
+
+def _any_plan(options: argparse.Namespace) -> GrowthPlan:
     if options.table:
         known_families(options.table)
     ways = [bool(options.set or options.scale), bool(options.config), bool(options.plan)]
@@ -119,7 +124,7 @@ def _setting(option: str, text: str) -> tuple[str, Any]:
 def verify(options: argparse.Namespace) -> int:
     measured = compare(options.source, options.grown)
     print(measured)
-    return 0 if measured.exact else 1
+    return {"exact": 0, "NOT exact": 1, "cannot tell": UNCHECKED}[measured.verdict]
 
 
 def methods(options: argparse.Namespace) -> int:

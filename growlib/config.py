@@ -164,10 +164,13 @@ def _override(
     for key, known in zip(overrides, named, strict=True):
         if known in OWN_FIELDS and overrides[key] != fields.get(known):
             raise GrowError(asked, f"{key} would have no effect", "a field that says a size or a setting")
-        if known not in fields:
-            close = difflib.get_close_matches(key, fields) or sorted(table.size_fields())
-            raise GrowError(asked, f"{type(source).__name__} has no field {key!r}", ", ".join(close))
-        fields[known] = overrides[key]
+        outer, dot, inner = known.partition(".")
+        if dot and isinstance(fields.get(outer), dict) and inner in fields[outer]:
+            fields[outer] = {**fields[outer], inner: overrides[key]}
+        elif known not in fields:
+            raise _no_field(asked, source, table, fields, key)
+        else:
+            fields[known] = overrides[key]
     for heads, width in table.follows.items():
         if width in named and heads not in named and isinstance(fields[width], int):
             count, rest = divmod(fields[heads] * fields[width], getattr(source, width))
@@ -186,11 +189,22 @@ def _override(
         raise GrowError(asked, _cause(error), _valid_sizes(source, fields, named)) from error
 
 
+def _no_field(
+    asked: str, source: PreTrainedConfig, table: Architecture, fields: Mapping[str, Any], key: str
+) -> GrowError:
+    """What to raise for a field that a config does not have: where it stands, or which one may have been meant."""
+    inside = [f"{outer}.{key}" for outer, value in fields.items() if isinstance(value, dict) and key in value]
+    close = inside or difflib.get_close_matches(key, fields) or sorted(table.size_fields())
+    if key == "num_labels":
+        close = ["id2label={0: ..., 1: ...}, which says how many"]
+    return GrowError(asked, f"{type(source).__name__} has no field {key!r}", ", ".join(close))
+
+
 def _valid_sizes(source: PreTrainedConfig, fields: dict[str, Any], named: list[str]) -> str:
     """For each size that was asked for, the next larger one with which the config can be built."""
     valid = []
     for key in named:
-        size, least = fields[key], getattr(source, key)
+        size, least = fields.get(key), getattr(source, key, None)
         if type(least) is not int:
             continue
         first = max(size + 1, least) if type(size) is int else least

@@ -108,7 +108,10 @@ def expand(
         asked = f"growing {model.config.model_type} with method {growth.method!r} and exact=True"
         raise GrowError(asked, "; ".join(growth.reasons), "another target, or exact=None for the closest growth")
     if growth.reasons and exact is None:
-        logger.warning("this growth does not preserve the function: %s", "; ".join(growth.reasons))
+        logger.warning("this growth is not known to preserve the function: %s", "; ".join(growth.reasons))
+    if exact and (broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]):
+        wrong = f"its {broken[0]} holds values that are not finite"
+        raise GrowError(f"growing a {growth.model_class} with exact=True", wrong, "a source of finite values")
     wanted = wanted or dtype_of(growth.dtype) or model.dtype
     refuse_without_memory(f"growing a {growth.model_class}", bytes_of(growth, wanted))
     model_class = checkpoint.class_like(type(model), model.config.model_type, growth.config)

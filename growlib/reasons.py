@@ -1,6 +1,7 @@
 """Why a growth is not known to preserve the function: growths without a proof, and config fields that change it."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,15 +28,20 @@ def of_architecture(
     ]
     if not table.proven:  # a table that tests hold, or one that is being verified
         return reasons
-    kinds = {n: Growth.of(n, old[n], new[n]) if n in table.axes else Growth(n, "deeper") for n in sorted(grows)}
-    tried = {name: table.proven.get(kind, Verdict("refused", "it was not tried")) for name, kind in kinds.items()}
+    unproven: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(grows):
+        kind = Growth.of(name, old[name], new[name]) if name in table.axes else Growth(name, "deeper")
+        verdict = table.proven.get(kind, Verdict("refused", "it was not tried"))
+        if not verdict.exact:
+            unproven[verdict.why].append(table.axes[name].size if name in table.axes else name)
     sizes = table.size_fields() - table.follows.keys()
-    if sum(getattr(source, field, None) != getattr(target, field, None) for field in sizes) > 1:
-        tried["several sizes at once"] = table.proven.get(EVERYTHING, EXACT)
+    several = sum(getattr(source, field, None) != getattr(target, field, None) for field in sizes) > 1
+    together = table.proven.get(EVERYTHING, EXACT)
+    if several and not together.exact:
+        unproven[together.why].append("several sizes at once")
     return reasons + [
-        f"growth of {name} is not proven for {table.model_type}: {verdict.why}"
-        for name, verdict in tried.items()
-        if not verdict.exact
+        f"growth of {' and '.join(dict.fromkeys(names))} is not proven for {table.model_type}: {why}"
+        for why, names in unproven.items()
     ]
 
 
