@@ -1,28 +1,27 @@
-"""Checkpoints: read one, describe one, make room for one, write one. Safetensors only."""
+"""Checkpoints: read one, describe one, make room for one, fill it. Safetensors only."""
 
+import copy
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from growlib.errors import GrowError
+from growlib.folders import FLOATS, check_config, folder_of, tensors_in
 from growlib.growth_plan import Skeleton
 
 logger = logging.getLogger("growlib")
 
 Source = PreTrainedModel | str | Path
+MOST = 5  # names in one error
 
 _MAPPINGS = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -34,30 +33,46 @@ _MAPPINGS = (
 
 
 def load(source: Source) -> PreTrainedModel:
-    """A model as it is; a folder or a hub id in the class and the dtype that its config names.
+    """A model without what torch wraps around it; a folder or a hub id in the class and dtype that its config names.
 
-    Raises GrowError for a folder without config or weights, for pickled, truncated or incomplete weights, and for
-    a class that transformers does not have (code that comes with a checkpoint is never run).
+    Raises GrowError for a folder without config or weights, for pickled, truncated, incomplete or quantised weights,
+    for tensors that the config has no place for, for adapters, and for a class that transformers does not have (code
+    that comes with a checkpoint is never run).
     """
-    if isinstance(source, PreTrainedModel):
-        _check_model(source, loaded=True)
-        return source
-    asked, config = _read_config(source)
-    if Path(source).is_dir():
-        _check_weights(asked, Path(source))
-    model_class = _model_class(asked, config)
+    if not isinstance(source, str | Path):
+        return _model_in(source, loaded=True)
+    asked = f"reading the checkpoint {str(source)!r}"
+    folder = folder_of(source)
+    model_class = _model_class(asked, _config_in(asked, folder))
+    stored = tensors_in(asked, folder)
     try:
         loaded: Any = model_class.from_pretrained(
-            source, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            folder, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # whatever transformers raises
         raise GrowError(asked, _first_line(error), "a whole safetensors checkpoint") from error
     model, report = loaded
-    for keys, wrong in (("missing_keys", "lack"), ("mismatched_keys", "do not fit the config in")):
-        if report[keys]:
-            names = ", ".join(sorted(key if isinstance(key, str) else key[0] for key in report[keys]))
-            raise GrowError(asked, f"the weights {wrong} {names}", "a whole safetensors checkpoint")
+    _check_all_used(asked, model, report, {name for name, (_, dtype, _) in stored.items() if dtype not in FLOATS})
     return model.eval()
+
+
+def _check_all_used(asked: str, model: PreTrainedModel, report: Mapping[str, Any], no_floats: set[str]) -> None:
+    """Raise GrowError where a stored tensor has no place in the model, or the other way round."""
+    whole = "a whole safetensors checkpoint"
+    for keys, wrong, valid in (
+        ("missing_keys", "the weights lack", whole),
+        ("mismatched_keys", "the weights do not fit the config in", whole),
+        ("unexpected_keys", "the config has no place for", "a config for all of them, or the loaded model itself"),
+    ):
+        if report[keys]:
+            names = sorted(key if isinstance(key, str) else key[0] for key in report[keys])
+            raise GrowError(asked, f"{wrong} {_some(names)}", valid)
+    if odd := sorted(no_floats & {name for name, _ in model.named_parameters()}):
+        raise GrowError(asked, f"{_some(odd)} are stored as no floating-point numbers", "weights in floating point")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= MOST else f"{', '.join(names[:MOST])} and {len(names) - MOST} more"
 
 
 def describe(source: Source | PreTrainedConfig) -> tuple[type[PreTrainedModel], Skeleton]:
@@ -65,68 +80,78 @@ def describe(source: Source | PreTrainedConfig) -> tuple[type[PreTrainedModel], 
 
     Weights are not read, and need not be there. Raises GrowError as `load`.
     """
-    if isinstance(source, PreTrainedModel):
-        _check_model(source)
-        return type(source), skeleton(source)
     if isinstance(source, PreTrainedConfig):
         return class_of(source), skeleton_of(class_of(source), source)
-    asked, config = _read_config(source)
+    if not isinstance(source, str | Path):
+        model = _model_in(source)
+        return type(model), skeleton(model)
+    asked = f"reading the checkpoint {str(source)!r}"
+    config = _config_in(asked, folder_of(source, weights=False))
     model_class = _model_class(asked, config)
     return model_class, skeleton_of(model_class, config)
 
 
-def _check_model(model: PreTrainedModel, loaded: bool = False) -> None:
-    odd = [n for n, p in model.named_parameters() if not p.is_floating_point() or (loaded and p.is_meta)]
-    if odd:
-        wrong = f"{len(odd)} of its tensors are quantised or not loaded, {odd[0]} among them"
-        raise GrowError(f"growing a {type(model).__name__}", wrong, "a model with floating-point weights in memory")
+def _model_in(source: Any, loaded: bool = False) -> PreTrainedModel:
+    """The model in what torch wraps around it. Raises GrowError for what is none, and says where one is."""
+    while isinstance(wrapped := getattr(source, "_orig_mod", None) or getattr(source, "module", None), nn.Module):
+        source = wrapped  # torch.compile; DataParallel and DistributedDataParallel
+    asked = f"growing a {type(source).__name__}"
+    merged = "the merged model: merge_and_unload() of the PeftModel"
+    if hasattr(source, "peft_config") or getattr(source, "_hf_peft_config_loaded", False):
+        raise GrowError(asked, "it is a model with an adapter beside its weights", merged)
+    if not isinstance(source, PreTrainedModel):
+        inside = isinstance(source, nn.Sequential) and len(source) and hasattr(source[0], "auto_model")
+        valid = "its transformer: st[0].auto_model" if inside else "a PreTrainedModel, a folder or a hub id"
+        raise GrowError(asked, "it is no PreTrainedModel", valid)
+    if any("lora_" in name for name, _ in source.named_parameters()):
+        raise GrowError(asked, "LoRA adapters were put into its layers", merged)
+    odd = [n for n, p in source.named_parameters() if not p.is_floating_point() or (loaded and p.is_meta)]
+    if odd or getattr(source, "is_quantized", False):
+        wrong = f"its tensors are quantised or not loaded: {_some(odd) or 'all of them'}"
+        raise GrowError(asked, wrong, "a model with floating-point weights in memory, such as model.dequantize()")
+    return source
 
 
-def _read_config(source: str | Path) -> tuple[str, PreTrainedConfig]:
-    """What was asked, in words, and the config of a folder or a hub id."""
-    asked = f"reading the checkpoint {str(source)!r}"
-    if not isinstance(source, str | Path):
-        raise GrowError(asked, f"it is a {type(source).__name__}", "a PreTrainedModel, a folder or a hub id")
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise GrowError(asked, "there is no config.json", "a folder written by save_pretrained")
-    elif folder.exists() or folder.is_absolute() or len(folder.parts) > 2 or isinstance(source, Path):
-        wrong = "it is a file" if folder.exists() else "there is no such folder"
-        raise GrowError(asked, wrong, "a folder written by save_pretrained, or a hub id")
+def _config_in(asked: str, folder: Path) -> PreTrainedConfig:
+    content = check_config(asked, folder)
+    if content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING:
+        wrong = "its code comes with the checkpoint, and such code is never run here"
+        raise GrowError(asked, wrong, "the model itself, which you loaded with trust_remote_code=True")
     try:
-        return asked, AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (StrictDataclassError, OSError, ValueError, KeyError) as error:
-        raise GrowError(asked, _first_line(error), "a folder or hub id with a config.json") from error
-
-
-def _check_weights(asked: str, folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        wrong = f"its weights are pickled ({', '.join(pickled)})" if pickled else "there are no weights"
-        raise GrowError(asked, wrong, "weights in safetensors (save_pretrained writes them)")
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever transformers raises
+        raise GrowError(asked, _first_line(error), "a config.json that transformers reads") from error
 
 
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a config names, or transformers' first one for its model type. Raises GrowError."""
-    names = list(config.architectures or [])
+    names = list(config.architectures) if isinstance(config.architectures, list) else []
     for mapping in _MAPPINGS:
         entry = mapping.get(config.model_type, ())
         names += [entry] if isinstance(entry, str) else list(entry)
-    model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    model_class = next((known for name in names if (known := _class_named(name))), None)
     if model_class is None:
-        asked = f"inferring the family {config.model_type!r}"
+        asked = f"finding the class of {config.model_type!r}"
         raise GrowError(asked, "transformers has no model class for it", "the class itself: infer(config, model_class)")
     return model_class
 
 
 def _model_class(asked: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    names = config.architectures or []
-    model_class = getattr(transformers, names[0], None) if names else None
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+    names = config.architectures if isinstance(config.architectures, list) else []
+    model_class = _class_named(names[0]) if names else None
+    if model_class is None:
         wrong = f"config.json names the architecture {names[0]!r}" if names else "config.json names no architecture"
         raise GrowError(asked, wrong, "a class of transformers, or the loaded model itself")
     return model_class
+
+
+def _class_named(name: Any) -> type[PreTrainedModel] | None:
+    """A class of transformers; None where it has none that this machine can import."""
+    try:
+        model_class = getattr(transformers, name, None)
+        return model_class if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel) else None
+    except (ImportError, TypeError):
+        return None
 
 
 def _first_line(error: Exception) -> str:
@@ -177,7 +202,7 @@ def empty_model(
         model = (model_class or type(like))._from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     if like.can_generate():
-        model.generation_config = like.generation_config
+        model.generation_config = copy.deepcopy(like.generation_config)
     return model.to(like.device).eval()
 
 
@@ -189,20 +214,9 @@ def fill(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
         places[name].data = tensor.to(places[name])
 
 
-@contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder that exists as a whole or not at all: written beside its place, then renamed.
-
-    Raises GrowError where something already stands at `path`.
-    """
-    path = Path(path)
-    if path.exists():
-        raise GrowError(f"writing {str(path)!r}", "it exists already", "a path where nothing stands")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype by its name or as it is. Raises GrowError for anything else."""
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise GrowError(f"a result of dtype {dtype!r}", "it is no floating-point dtype", "such as torch.bfloat16")
+    return wanted

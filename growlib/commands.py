@@ -3,22 +3,23 @@
 import argparse
 import difflib
 import json
-import shutil
 import textwrap
 from collections.abc import Sequence
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from growlib import checkpoint, operators
 from growlib.architectures import families as known_families
 from growlib.architectures import table_of
+from growlib.companions import copy_companions
 from growlib.config import scaled
-from growlib.costs import cost_table, sizes_that_stay
+from growlib.costs import bytes_of, cost_table, sizes_that_stay
 from growlib.errors import GrowError
+from growlib.folders import folder_of, new_folder
 from growlib.growth import expand as grow
 from growlib.growth import plan as decide
 from growlib.growth_plan import GrowthPlan
@@ -27,35 +28,45 @@ from growlib.layouts import layout_text
 from growlib.papers import bibtex
 from growlib.verification import verify as compare
 
+UNCHECKED = 3  # exit code: the check could not run, or cannot tell
 WIDTH, NARROW = 100, 16  # columns of a table, and those that each of its columns may keep
-# What stands beside the weights in a checkpoint folder and describes the text, not the architecture.
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "chat_template*")
-
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
 def expand(options: argparse.Namespace) -> int:
-    with checkpoint.new_folder(options.destination) as folder:
-        growth, exact = _plan(options), True if options.exact else None
+    growth = _plan(options)
+    with new_folder(options.destination, bytes_of(growth, options.dtype)) as folder:
         source = checkpoint.load(options.source)
+        exact = True if options.exact else None
         grown = grow(source, growth, growth.method, seed=growth.seed, exact=exact, dtype=options.dtype)
+        code, measured = _measured(source, grown, options)
         grown.save_pretrained(folder)
         growth.save(folder)
-        for pattern in TOKENIZER_FILES:
-            for path in Path(options.source).glob(pattern):
-                shutil.copy2(path, folder)
-        measured = compare(source, grown)
+        sizes = {growth.old_sizes["hidden"]: growth.new_sizes["hidden"]}
+        copy_companions(folder_of(options.source), folder, sizes)
     count = sum(parameter.numel() for parameter in grown.parameters())
     print(f"{options.destination}: {count:,} parameters, {measured}")
-    return 0
+    return code
+
+
+def _measured(source: PreTrainedModel, grown: PreTrainedModel, options: argparse.Namespace) -> tuple[int, str]:
+    """The exit code and what the closing check says. Raises GrowError where --exact is not kept."""
+    asked = f"expanding {options.source} with --exact"
+    try:
+        measured = compare(source, grown)
+    except Exception as error:  # whatever a class of transformers raises on inputs that were made for it
+        wrong = f"the result cannot be checked ({type(error).__name__}: {error})"
+        if options.exact:
+            raise GrowError(asked, wrong, "no --exact, which writes it unchecked") from error
+        return UNCHECKED, f"written, but {wrong}"
+    if options.exact and not measured.exact:
+        raise GrowError(asked, f"the closing check says: {measured}", "no --exact, which writes it all the same")
+    return UNCHECKED if measured.verdict == "cannot tell" else 0, str(measured)
 
 
 def plan(options: argparse.Namespace) -> int:
     growth = _plan(options)
-    if growth.reasons and options.exact:
-        asked = f"planning to grow {growth.source.model_type} with method {growth.method!r} and --exact"
-        raise GrowError(asked, "; ".join(growth.reasons), "another target, or no --exact for the closest growth")
     if options.save:
         growth.save(options.save)
     if options.json:
@@ -69,7 +80,15 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> GrowthPlan:
-    """The plan that the options name or describe."""
+    """The plan that the options name or describe. Raises GrowError where --exact is not kept."""
+    growth = _any_plan(options)
+    if growth.reasons and options.exact:
+        asked = f"growing {growth.source.model_type} with method {growth.method!r} and --exact"
+        raise GrowError(asked, "; ".join(growth.reasons), "another target, or no --exact for the closest growth")
+    return growth
+
+
+def _any_plan(options: argparse.Namespace) -> GrowthPlan:
     if options.table:
         known_families(options.table)
     ways = [bool(options.set or options.scale), bool(options.config), bool(options.plan)]
@@ -105,7 +124,7 @@ def _setting(option: str, text: str) -> tuple[str, Any]:
 def verify(options: argparse.Namespace) -> int:
     measured = compare(options.source, options.grown)
     print(measured)
-    return 0 if measured.exact else 1
+    return {"exact": 0, "NOT exact": 1, "cannot tell": UNCHECKED}[measured.verdict]
 
 
 def methods(options: argparse.Namespace) -> int:

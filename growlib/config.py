@@ -20,6 +20,11 @@ _INVALID = (StrictDataclassError, OSError, ValueError, TypeError, KeyError)
 # Fields that say whose config it is, and those that a config derives from its layers.
 OWN_FIELDS = frozenset({"model_type", "architectures", "transformers_version", "dtype", "_name_or_path"})
 DERIVED_FIELDS = frozenset({"stage_names", "out_features", "out_indices"})
+# Fields that count layers up to a place in the stack, and names of those that list layers by their numbers.
+THRESHOLDS = frozenset(
+    {"max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "moe_layer_end_index"}
+)
+_NUMBERS = re.compile(r"idx|ind(ices|exes)|_layers$|layer_ids")
 # Fields that do not change what a model computes in eval mode (dropout aside).
 NO_FUNCTION = OWN_FIELDS | {
     *("problem_type", "id2label", "label2id", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
@@ -109,6 +114,23 @@ def lengthen(fields: dict[str, Any], old: int, layers: Sequence[int], named: Col
             fields[key] = [value[layer] for layer in layers]
 
 
+def move_thresholds(fields: dict[str, Any], old: int, layers: Sequence[int], named: Collection[str] = ()) -> None:
+    """Let what counts layers, or lists their numbers, say of the new layers what it says of their sources."""
+    for key, value in fields.items():
+        if key in named:
+            continue
+        if key in THRESHOLDS and type(value) is int and 0 < value <= old and list(layers) == sorted(layers):
+            fields[key] = sum(layer < value for layer in layers)
+        elif _NUMBERS.search(key) and _are_layers(value, old):
+            fields[key] = [new for new, layer in enumerate(layers) if layer in value]
+
+
+def _are_layers(value: Any, old: int) -> bool:
+    """Whether a list holds some layers' numbers."""
+    numbers = isinstance(value, list) and value and all(type(layer) is int and 0 <= layer < old for layer in value)
+    return bool(numbers) and len(value) < old and value == sorted(set(value))
+
+
 def _of_type(asked: str, source: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
     """A config of another type that says what the source's says, save what is named."""
     try:
@@ -137,12 +159,18 @@ def _override(
     layer_sources: LayerSources,
 ) -> PreTrainedConfig:
     fields = source.to_dict()
+    overrides = {key: value for key, value in overrides.items() if key not in ("dtype", "torch_dtype")}  # the plan's
     named = [source.attribute_map.get(key, key) for key in overrides]
     for key, known in zip(overrides, named, strict=True):
-        if known not in fields:
-            close = difflib.get_close_matches(key, fields) or sorted(table.size_fields())
-            raise GrowError(asked, f"{type(source).__name__} has no field {key!r}", ", ".join(close))
-        fields[known] = overrides[key]
+        if known in OWN_FIELDS and overrides[key] != fields.get(known):
+            raise GrowError(asked, f"{key} would have no effect", "a field that says a size or a setting")
+        outer, dot, inner = known.partition(".")
+        if dot and isinstance(fields.get(outer), dict) and inner in fields[outer]:
+            fields[outer] = {**fields[outer], inner: overrides[key]}
+        elif known not in fields:
+            raise _no_field(asked, source, table, fields, key)
+        else:
+            fields[known] = overrides[key]
     for heads, width in table.follows.items():
         if width in named and heads not in named and isinstance(fields[width], int):
             count, rest = divmod(fields[heads] * fields[width], getattr(source, width))
@@ -152,18 +180,31 @@ def _override(
                 fields[heads] = _more_heads(asked, source, heads, width, fields[width])
     for layers, old in table.layer_counts(source).items():
         if type(fields[layers]) is int and fields[layers] > old:
-            lengthen(fields, old, layer_sources(old, fields[layers]), named)
+            sources = layer_sources(old, fields[layers])
+            lengthen(fields, old, sources, named)
+            move_thresholds(fields, old, sources, named)
     try:
         return type(source).from_dict(fields)
     except _INVALID as error:
         raise GrowError(asked, _cause(error), _valid_sizes(source, fields, named)) from error
 
 
+def _no_field(
+    asked: str, source: PreTrainedConfig, table: Architecture, fields: Mapping[str, Any], key: str
+) -> GrowError:
+    """What to raise for a field that a config does not have: where it stands, or which one may have been meant."""
+    inside = [f"{outer}.{key}" for outer, value in fields.items() if isinstance(value, dict) and key in value]
+    close = inside or difflib.get_close_matches(key, fields) or sorted(table.size_fields())
+    if key == "num_labels":
+        close = ["id2label={0: ..., 1: ...}, which says how many"]
+    return GrowError(asked, f"{type(source).__name__} has no field {key!r}", ", ".join(close))
+
+
 def _valid_sizes(source: PreTrainedConfig, fields: dict[str, Any], named: list[str]) -> str:
     """For each size that was asked for, the next larger one with which the config can be built."""
     valid = []
     for key in named:
-        size, least = fields[key], getattr(source, key)
+        size, least = fields.get(key), getattr(source, key, None)
         if type(least) is not int:
             continue
         first = max(size + 1, least) if type(size) is int else least

@@ -5,6 +5,7 @@ from math import prod
 import torch
 from transformers import PreTrainedConfig
 
+from growlib.checkpoint import dtype_of
 from growlib.growth_plan import GrowthPlan, Shape
 from growlib.layouts import Layout
 
@@ -25,25 +26,42 @@ def sizes_that_stay(plan: GrowthPlan) -> dict[str, int]:
 def cost_table(plan: GrowthPlan) -> list[tuple[str, str, str]]:
     """Rows of (what, before, after), a heading first."""
     old = {made.source: (made.layout, made.old_shape) for made in plan.tensors if made.source}
-    new = [(made.layout, made.new_shape) for made in plan.tensors]
-    if plan.mixture:
-        used = {source for made in plan.mixture.tensors for source in made.sources}
-        new = [(made.layout, made.new_shape) for made in plan.tensors if made.name not in used]
-        new += [((), made.shape) for made in plan.mixture.tensors]
-    before, after = _costs(list(old.values()), plan, plan.source), _costs(new, plan, plan.config)
+    dtype = _dtype(plan.source)
+    before = _costs(list(old.values()), plan, plan.source, dtype)
+    after = _costs(_grown(plan), plan, plan.config, dtype_of(plan.dtype) or dtype)
     return [("", "before", "after"), *((what, before[what], after[what]) for what in before)]
 
 
-def _costs(tensors: list[tuple[Layout, Shape]], plan: GrowthPlan, config: PreTrainedConfig) -> dict[str, str]:
+def bytes_of(plan: GrowthPlan, dtype: torch.dtype | str | None = None) -> int:
+    """What the grown model takes on disk or in memory, in a dtype; by default the plan's, or its config's."""
+    wanted = dtype_of(dtype) or dtype_of(plan.dtype) or _dtype(plan.config)
+    return wanted.itemsize * sum(prod(shape) for _, shape in _grown(plan))
+
+
+def _grown(plan: GrowthPlan) -> list[tuple[Layout, Shape]]:
+    """The layout and the shape of each tensor of the grown model; of a mixture's own no layout is known."""
+    if not plan.mixture:
+        return [(made.layout, made.new_shape) for made in plan.tensors]
+    used = {source for made in plan.mixture.tensors for source in made.sources}
+    dense = [(made.layout, made.new_shape) for made in plan.tensors if made.name not in used]
+    return dense + [((), made.shape) for made in plan.mixture.tensors]
+
+
+def _dtype(config: PreTrainedConfig) -> torch.dtype:
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def _costs(
+    tensors: list[tuple[Layout, Shape]], plan: GrowthPlan, config: PreTrainedConfig, dtype: torch.dtype
+) -> dict[str, str]:
     tied = bool(getattr(config, "tie_word_embeddings", False))
     count = sum(prod(shape) for _, shape in tensors)
     acting = sum(prod(shape) * _share(layout, shape, plan, tied) for layout, shape in tensors if len(shape) > 1)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return {
         "parameters": f"{count:,}",
         "FLOPs per token of training (6 per weight that multiplies)": f"{6 * acting:.3g}",
         "memory for training with AdamW in float32": _bytes(ADAM * count),
-        f"room on disk in {str(dtype).removeprefix('torch.')}": _bytes(dtype.itemsize * count),
+        "room on disk": f"{_bytes(dtype.itemsize * count)} ({str(dtype).removeprefix('torch.')})",
     }
 
 

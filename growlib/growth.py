@@ -1,15 +1,21 @@
 """The entry points of the weights half: plan a growth, and carry it out."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib import checkpoint, config, operators, upcycling
 from growlib.apply import apply
-from growlib.checkpoint import Source, logger
+from growlib.checkpoint import Source, dtype_of, logger
 from growlib.config import Target
+from growlib.costs import bytes_of
 from growlib.errors import GrowError
 from growlib.growth_plan import GrowthPlan, Skeleton
-from growlib.inference import architecture_of
+from growlib.inference import architecture_of, fields
+from growlib.limits import refuse_impossible, refuse_without_memory
 from growlib.operators import Method
 from growlib.planner import Request, layer_map, make_plan
 
@@ -27,21 +33,34 @@ def plan(
     return plan_of(*checkpoint.describe(small_ckpt), target_config, method, seed)
 
 
+def _dtype_in(target_config: Target) -> str | None:
+    """The dtype that a dict of overrides names for the result."""
+    named = target_config.get("dtype", target_config.get("torch_dtype")) if isinstance(target_config, Mapping) else None
+    return None if named is None else str(dtype_of(named)).removeprefix("torch.")
+
+
 def plan_of(
     model_class: type[PreTrainedModel], source: Skeleton, target_config: Target, method: str | Method, seed: int
 ) -> GrowthPlan:
     """The same for a class and a skeleton."""
     table, chosen = architecture_of(source.config, model_class), operators.method(method)
+    effect_of = partial(fields.effect_of, model_class, source.config)
+    if isinstance(target_config, PreTrainedConfig | Mapping):
+        refuse_impossible(source, table, target_config)
     layers = chosen if chosen.depth else operators.method("lossless")  # so that make_plan can say that depth is missing
     target = config.resolve(source.config, target_config, table, lambda old, new: layer_map(layers, old, new).source)
     if target.model_type == source.config.model_type:
         if chosen.reset:
             raise GrowError(f"method {chosen.name!r}", "the target has no experts to make", "the config of a mixture")
-        return make_plan(Request(table, chosen, seed, source, checkpoint.skeleton_of(model_class, target)))
+        wide = checkpoint.skeleton_of(model_class, target)
+        growth = make_plan(Request(table, chosen, seed, source, wide, effect_of))
+        return replace(growth, dtype=_dtype_in(target_config))
     mixture, dense = upcycling.decide(model_class, source.config, target, table, chosen, seed)
-    growth = make_plan(Request(table, chosen, seed, source, checkpoint.skeleton_of(model_class, dense)))
+    wide = checkpoint.skeleton_of(model_class, dense)
+    growth = make_plan(Request(table, chosen, seed, source, wide, effect_of))
     mixture_class = checkpoint.class_like(model_class, source.config.model_type, target)
-    return upcycling.joined(growth, mixture, checkpoint.skeleton_of(mixture_class, target))
+    growth = upcycling.joined(growth, mixture, checkpoint.skeleton_of(mixture_class, target))
+    return replace(growth, dtype=_dtype_in(target_config))
 
 
 def expand(
@@ -89,9 +108,14 @@ def expand(
         asked = f"growing {model.config.model_type} with method {growth.method!r} and exact=True"
         raise GrowError(asked, "; ".join(growth.reasons), "another target, or exact=None for the closest growth")
     if growth.reasons and exact is None:
-        logger.warning("this growth does not preserve the function: %s", "; ".join(growth.reasons))
+        logger.warning("this growth is not known to preserve the function: %s", "; ".join(growth.reasons))
+    if exact and (broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]):
+        wrong = f"its {broken[0]} holds values that are not finite"
+        raise GrowError(f"growing a {growth.model_class} with exact=True", wrong, "a source of finite values")
+    wanted = wanted or dtype_of(growth.dtype) or model.dtype
+    refuse_without_memory(f"growing a {growth.model_class}", bytes_of(growth, wanted))
     model_class = checkpoint.class_like(type(model), model.config.model_type, growth.config)
-    grown = checkpoint.empty_model(model, growth.config, wanted or model.dtype, model_class)
+    grown = checkpoint.empty_model(model, growth.config, wanted, model_class)
     tensors = apply(growth, model.state_dict())
     checkpoint.fill(grown, upcycling.mix(growth.mixture, dict(tensors)) if growth.mixture else tensors)
     return grown
@@ -116,11 +140,3 @@ def check_plan(growth: GrowthPlan, model: PreTrainedModel, method: str | Method,
     ]
     if other:
         raise GrowError(asked, f"the source is another one: {'; '.join(other[:3])}", "the source that it was made for")
-
-
-def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point dtype by its name or as it is. Raises GrowError for anything else."""
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
-        raise GrowError(f"a result of dtype {dtype!r}", "it is no floating-point dtype", "such as torch.bfloat16")
-    return wanted

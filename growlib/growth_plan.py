@@ -126,6 +126,7 @@ class GrowthPlan:
     initializer_range: float  # the deviation of free values where the source's tensor is all zero
     mixture: Mixture | None = None  # what becomes of the grown dense model
     learned: bool = False  # the maps are where `growlib.learn` starts
+    dtype: str | None = None  # of the grown model, such as "bfloat16"; None: the source's
 
     @property
     def exact(self) -> bool:
@@ -184,6 +185,7 @@ class GrowthPlan:
             "tensors": [made.to_dict() for made in self.tensors],
             "initializer_range": self.initializer_range,
             "learned": self.learned,
+            "dtype": self.dtype,
             "mixture": self.mixture and self.mixture.to_dict(),
         }
 
@@ -199,6 +201,7 @@ class GrowthPlan:
             roles=dict(data["roles"]),
             initializer_range=data["initializer_range"],
             learned=data["learned"],
+            dtype=data["dtype"],
             source=_config(data["source_config"]),
             config=_config(data["config"]),
             maps={name: AxisMap.from_dict(axis_map) for name, axis_map in data["axes"].items()},

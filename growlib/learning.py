@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from growlib import checkpoint
 from growlib.apply import apply
-from growlib.checkpoint import Source
+from growlib.checkpoint import Source, dtype_of
 from growlib.config import Target
 from growlib.errors import GrowError
-from growlib.growth import check_plan, dtype_of, plan_of
+from growlib.growth import check_plan, plan_of
 from growlib.growth_plan import GrowthPlan
 from growlib.inference import architecture_of
 from growlib.operators import Method, ligo

@@ -44,7 +44,8 @@ def inputs_of(model: PreTrainedModel, batch: int = 2, length: int = 7, seed: int
         given = {"input_ids": _token_ids(model, rows, length, generator)}
     if config.is_encoder_decoder:
         given["decoder_input_ids"] = _token_ids(model, rows, length, generator)
-    given = {name: value.to(model.device) for name, value in given.items()}
+    kept = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in given.items()}
+    given = {name: value.to(model.device) for name, value in kept.items()}
     return {name: v.expand(batch, *v.shape[1:]).contiguous() if rows == 1 else v for name, v in given.items()}
 
 
@@ -57,9 +58,16 @@ def _token_ids(model: PreTrainedModel, rows: int, length: int, generator: torch.
 @torch.no_grad()
 def outputs(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """The model's outputs of at least two dimensions, in eval mode."""
-    was_training = model.training
-    named = model.eval()(**given, return_dict=True)
-    model.train(was_training)
+    was_training, config = model.training, getattr(model, "config", None)
+    as_dict = getattr(config, "return_dict", True)
+    if config is not None:
+        config.return_dict = True  # an argument reaches the outer module alone
+    try:
+        named = model.eval()(**given, return_dict=True)
+    finally:
+        model.train(was_training)
+        if config is not None:
+            config.return_dict = as_dict
     kept = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.ndim >= 2 and v.is_floating_point()}
     if not kept:
         raise ValueError("it puts out no tensor of two dimensions")

@@ -18,7 +18,7 @@ from growlib.growth_plan import GrowthPlan, Shape, Skeleton, TensorPlan
 from growlib.layouts import Dim, Layout
 from growlib.maps import AxisMap, LayerMap, split_evenly
 from growlib.operators import Method
-from growlib.reasons import of_architecture, of_config
+from growlib.reasons import EffectOf, of_architecture, of_config
 
 Maps = Mapping[str, AxisMap]
 Layers = Mapping[str, LayerMap]
@@ -33,6 +33,7 @@ class Request:
     seed: int
     source: Skeleton
     target: Skeleton
+    effect_of: EffectOf = lambda field, old, new: "unknown"
 
     @property
     def asked(self) -> str:
@@ -69,7 +70,7 @@ def make_plan(request: Request) -> GrowthPlan:
     reasons += [stack.inexact for stack in layers.values() if stack.inexact]
     reasons += contract.broken(table, maps, request.old, request.new)
     reasons += of_architecture(table, request.old, request.new, request.grows, source.config, target.config)
-    reasons += of_config(table, layers, source.config, target.config)
+    reasons += of_config(table, layers, source.config, target.config, request.effect_of)
     return GrowthPlan(
         method=method.name,
         seed=request.seed,

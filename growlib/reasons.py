@@ -1,13 +1,17 @@
 """Why a growth is not known to preserve the function: growths without a proof, and config fields that change it."""
 
-from collections.abc import Mapping
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from growlib.architectures.schema import EVERYTHING, EXACT, Architecture, Growth, Verdict
-from growlib.config import NO_FUNCTION
+from growlib.config import NO_FUNCTION, move_thresholds
 from growlib.maps import LayerMap
+
+EffectOf = Callable[[str, Any, Any], str]  # (field, old value, new value) -> "acts", "silent" or "unknown"
 
 
 def of_architecture(
@@ -24,15 +28,20 @@ def of_architecture(
     ]
     if not table.proven:  # a table that tests hold, or one that is being verified
         return reasons
-    kinds = {n: Growth.of(n, old[n], new[n]) if n in table.axes else Growth(n, "deeper") for n in sorted(grows)}
-    tried = {name: table.proven.get(kind, Verdict("refused", "it was not tried")) for name, kind in kinds.items()}
+    unproven: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(grows):
+        kind = Growth.of(name, old[name], new[name]) if name in table.axes else Growth(name, "deeper")
+        verdict = table.proven.get(kind, Verdict("refused", "it was not tried"))
+        if not verdict.exact:
+            unproven[verdict.why].append(table.axes[name].size if name in table.axes else name)
     sizes = table.size_fields() - table.follows.keys()
-    if sum(getattr(source, field, None) != getattr(target, field, None) for field in sizes) > 1:
-        tried["several sizes at once"] = table.proven.get(EVERYTHING, EXACT)
+    several = sum(getattr(source, field, None) != getattr(target, field, None) for field in sizes) > 1
+    together = table.proven.get(EVERYTHING, EXACT)
+    if several and not together.exact:
+        unproven[together.why].append("several sizes at once")
     return reasons + [
-        f"growth of {name} is not proven for {table.model_type}: {verdict.why}"
-        for name, verdict in tried.items()
-        if not verdict.exact
+        f"growth of {' and '.join(dict.fromkeys(names))} is not proven for {table.model_type}: {why}"
+        for why, names in unproven.items()
     ]
 
 
@@ -47,13 +56,26 @@ def _follows_layers(old: Any, new: Any, stack: LayerMap) -> bool:
 
 
 def of_config(
-    table: Architecture, layers: Mapping[str, LayerMap], source: PreTrainedConfig, target: PreTrainedConfig
+    table: Architecture,
+    layers: Mapping[str, LayerMap],
+    source: PreTrainedConfig,
+    target: PreTrainedConfig,
+    effect_of: EffectOf,
 ) -> list[str]:
+    """The fields that change and act, or may act. Sizes, and what follows the layers, are accounted for elsewhere."""
     before, after = source.to_dict(), target.to_dict()
     known = NO_FUNCTION | table.size_fields() | table.free_fields
     known |= {key for key in before for stack in layers.values() if _follows_layers(before[key], after.get(key), stack)}
-    return [
-        f"{key} changes from {before.get(key)!r} to {after.get(key)!r}, which changes the function"
-        for key in sorted(before.keys() | after.keys())
-        if key not in known and "drop" not in key and before.get(key) != after.get(key)
-    ]
+    moved = copy.deepcopy(before)
+    for stack in layers.values():
+        move_thresholds(moved, stack.old, stack.source)
+    reasons = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if key in known or "drop" in key or old == new or moved.get(key) == new:
+            continue
+        effect = effect_of(key, old, new)
+        if effect != "silent":
+            told = "which changes the function" if effect == "acts" else "which is not known to be without effect"
+            reasons.append(f"{key} changes from {old!r} to {new!r}, {told}")
+    return reasons

@@ -34,6 +34,7 @@ SIZES = {
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
 SCANNED = {"num_heads": 4, "head_dim": 32, "mamba_n_heads": 8, "mamba_d_head": 16}
+REPORTING = ("return_dict", "output_attentions", "output_hidden_states", "use_cache")  # not what is computed
 LARGEST = 3_000_000  # parameters of a model that is still tiny
 
 
@@ -50,7 +51,7 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
         raise GrowError(asked, f"it is made of several configs: {', '.join(parts)}", valid)
     fields = _small(config)
     head_dim = {"head_dim": 16} if "head_dim" in fields else {}
-    no_groups = {"num_key_value_heads": 4} if "num_key_value_heads" in fields else {}
+    no_groups = {name: 4 for name in ("num_key_value_heads", "num_kv_heads", "n_kv_heads") if name in fields}
     unset = {name: SIZE_OF[name] for name, value in fields.items() if value is None and name in SIZE_OF}
     unset |= {name: 0 for name in ("pad_token_id", "mask_token_id") if fields.get(name, 0) is None}
     wrong: Exception | None = None
@@ -69,11 +70,14 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
         except Exception as error:  # whatever a class of transformers raises
             wrong = wrong or error
     reason = str(wrong).strip().splitlines() or [type(wrong).__name__]
-    raise GrowError(asked, reason[0], "a class that can be built at small sizes, or a table in growlib/architectures")
+    raise GrowError(
+        asked, reason[-1].strip(), "a class that can be built at small sizes, or a table in growlib/architectures"
+    )
 
 
 def _small(config: PreTrainedConfig) -> dict[str, Any]:
     fields = {name: value for name, value in config.to_dict().items() if name not in DERIVED_FIELDS}
+    fields |= {name: name == "return_dict" for name in REPORTING if name in fields}
     old_layers = {fields[n] for n in SIZES[3].split() if isinstance(fields.get(n), int)}
     wide = {fields[n] for n in SIZES[64].split() if isinstance(fields.get(n), int)}
     for name, value in list(fields.items()):
