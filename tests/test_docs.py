@@ -16,6 +16,7 @@ import torch
 import yaml
 from tiny import tiny
 
+import architectures as verdicts
 import cards
 import figure
 import growlib
@@ -323,3 +324,10 @@ def test_the_tool_versions_agree(name):
     found = re.findall(r"ruff==([\d.]+)", text_of(name))
     assert found
     assert set(found) == {pinned["ruff"]}
+
+
+def test_the_page_of_verdicts_has_the_words_of_its_command():
+    columns = ["depth", *verdicts.GROWTHS]
+    head = "\n".join(verdicts._head({"llama": dict.fromkeys(columns)}, {}, columns))
+    words = [re.sub(r"\d[\w.+]*", "N", text) for text in (head, text_of("docs/architectures.md").partition("\n|")[0])]
+    assert words[0].strip() == words[1].strip()

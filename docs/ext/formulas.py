@@ -9,6 +9,7 @@ import re
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 
+SLASH, TIGHT = "<mo>&#x0002F;</mo>", '<mo lspace="0" rspace="0">&#x0002F;</mo>'
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 
@@ -22,6 +23,6 @@ def on_page_content(page_html: str, **_: object) -> str:
 def drawn(latex: str, display: str) -> str:
     """LaTeX, escaped as HTML, as MathML."""
     try:
-        return convert(html.unescape(latex).strip(), display=display)
+        return convert(html.unescape(latex).strip(), display=display).replace(SLASH, TIGHT)
     except Exception as error:
         raise PluginError(f"this is no formula: {latex.strip()} ({error!r})") from error
