@@ -7,7 +7,7 @@ from growlib.ki.linear import linear_ki_loss
 from growlib.ki.loss import KILoss, ki_loss
 from growlib.ki.masking import MaskedExamples
 from growlib.ki.projection import Projection
-from growlib.ki.schedules import SCHEDULES
+from growlib.ki.schedules import SCHEDULES, Schedule
 from growlib.ki.targets import TREATMENTS, Targets, mixture
 from growlib.ki.trainer import KIMixin, KITrainer
 
@@ -21,6 +21,7 @@ __all__ = [
     "KITrainer",
     "MaskedExamples",
     "Projection",
+    "Schedule",
     "Targets",
     "TeacherCache",
     "cache_teacher",
