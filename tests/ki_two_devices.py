@@ -14,7 +14,7 @@ from growlib.ki import KIConfig, Projection, Targets
 from growlib.ki.guide import Online
 from growlib.ki.hidden import Reach
 from growlib.ki.linear import linear_ki_sums
-from growlib.ki.targets import Blend, rows_of
+from growlib.ki.mixtures import Mixture
 from growlib.ki.teacher import Teacher
 
 _setup_privateuseone_for_python_backend("second")
@@ -24,8 +24,8 @@ with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
     near = Targets.dense(torch.randn(10, 20))
     student = Projection(torch.randn(10, 4).requires_grad_(), torch.randn(20, 4).requires_grad_())
     labels = torch.zeros(10, dtype=torch.int64)
-    for source in (far, Targets.dense(far.logits()), Targets.top_k(far, 4), Blend((far, near), (0.5, 0.5))):
-        assert rows_of(source, slice(0, 2), 1.0, cpu).logprobs.device == cpu
+    for source in (far, Targets.dense(far.logits()), Targets.top_k(far, 4), Mixture((far, near), (0.5, 0.5))):
+        assert source.rows(slice(0, 2)).targets(1.0, cpu).logprobs.device == cpu
         linear_ki_sums(student, labels, source, 0.5, temperature=1.0).loss.backward()
 
     for module in teacher.modules():
@@ -39,6 +39,6 @@ with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
     batch = dict.fromkeys(("input_ids", "labels"), torch.ones(2, 5, dtype=torch.int64))
     for placed._reach in (None, Reach(teacher.lm_head, 1.0, None)):
         (part,) = Online(placed, KIConfig(teacher=teacher)).parts(batch)
-        assert rows_of(part.source, slice(0, 2), 1.0, cpu).logprobs.device == cpu
+        assert part.predictions.rows(slice(0, 2)).targets(1.0, cpu).logprobs.device == cpu
     assert placed.at_labels(batch)[0].device == torch.device("second", 0)
 print("both devices kept apart")

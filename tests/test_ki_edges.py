@@ -225,7 +225,6 @@ def test_requests_that_neither_form_takes(options, says):
     [
         (lambda z: linear_ki_loss(z, torch.eye(V), torch.zeros(N).long(), z, alpha=0.5, chunk=0), "chunk=0"),
         (lambda z: linear_ki_loss(z, torch.eye(V), torch.zeros(N).long(), z, alpha=0.5, softcap=0), "softcap=0"),
-        (lambda z: ki_loss(z, torch.zeros(N).long(), Projection(z, torch.eye(V)), alpha=0.5), "linear_ki_loss"),
         (lambda z: Targets.top_k(z, 2, temperature=-1.0), "not positive"),
         (lambda z: Targets.top_k(z, 2, tile=0), "tile=0"),
         (lambda z: Targets.dense(z, temperature=0.0), "not positive"),

@@ -181,14 +181,21 @@ def test_batched_shapes_are_flattened():
     assert torch.equal(flat.loss, batched.loss)
 
 
+def test_whole_logits_take_a_projection_as_its_logits():
+    case = Case("projection")
+    logits = case.hidden @ case.weight.T
+    losses = [ki_loss(logits, case.labels, teacher, alpha=0.5).loss for teacher in (case.teacher, case.twin)]
+    assert torch.equal(*losses)
+
+
 def test_a_mismatch_of_positions_is_named():
     case = Case("bucket")
     with pytest.raises(GrowError, match="22 labels"):
         linear_ki_loss(case.hidden, case.weight, case.labels[1:], case.teacher, alpha=0.5)
-    with pytest.raises(GrowError, match="targets at 22 positions"):
+    with pytest.raises(GrowError, match="the teacher's predictions at 22 positions"):
         linear_ki_loss(case.hidden, case.weight, case.labels, case.teacher[1:], alpha=0.5)
     teacher = Case("projection").teacher.rows(slice(1, None))
-    with pytest.raises(GrowError, match="a teacher's hidden states at 22 positions"):
+    with pytest.raises(GrowError, match="the teacher's predictions at 22 positions"):
         linear_ki_loss(case.hidden, case.weight, case.labels, teacher, alpha=0.5)
     with pytest.raises(GrowError, match=r"a head \(50, 7\).* a weight \[vocabulary, 8\]"):
         linear_ki_loss(case.hidden, case.weight[:, 1:], case.labels, case.teacher, alpha=0.5)

@@ -1,5 +1,6 @@
 """What a teacher says, dense or sparse, against sums over the whole vocabulary in float64."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from growlib import GrowError
+from growlib import GrowError, KIConfig
 from growlib.ki import Projection, Targets, ki_loss, mixture
 
 TAILS = ("bucket", "renorm_teacher", "none")
@@ -85,7 +86,7 @@ def test_no_tensor_of_all_logits_is_made(monkeypatch):
     projection = Projection(teacher(64, 4), teacher(1000, 4, 1))
     largest = []
     whole = Projection.logits
-    monkeypatch.setattr(Projection, "logits", lambda self: largest.append(self.shape[1]) or whole(self))
+    monkeypatch.setattr(Projection, "logits", lambda self: largest.append(self.vocab) or whole(self))
     Targets.sample(projection, 4, 4, tile=100)
     assert largest == [100] * 10
 
@@ -184,7 +185,7 @@ def test_a_narrower_student_takes_dense_targets_and_refuses_sparse_ones():
         (lambda z: ki_loss(z, torch.arange(5.0), z, alpha=0.5), "integers"),
         (lambda z: ki_loss(z, torch.arange(5), z, alpha=1.5), "0 to 1"),
         (lambda z: ki_loss(z, torch.arange(5), z, alpha=0.5, temperature=0.0), "not positive"),
-        (lambda z: ki_loss(z, torch.arange(5), "teacher", alpha=0.5), "logits or Targets"),
+        (lambda z: ki_loss(z, torch.arange(5), "teacher", alpha=0.5), "logits, Targets, or a Projection"),
         (lambda z: Targets.sample(z, 3, 2).treated("bucket"), "draws"),
         (lambda z: Targets.top_k(z, 3).treated("sampled"), "draws"),
         (lambda z: ki_loss(z, torch.arange(5), Targets.top_k(z[:4], 3), alpha=0.5), "5 labels"),
@@ -195,6 +196,33 @@ def test_a_narrower_student_takes_dense_targets_and_refuses_sparse_ones():
 def test_what_cannot_be_is_refused(make, says):
     with pytest.raises(GrowError, match=says):
         make(teacher())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda z, tail: Targets(z, 23, treatment=tail),
+        lambda z, tail: Targets(z[:, :3], 23, torch.arange(3).expand(5, 3), z[:, 0], treatment=tail),
+        lambda z, tail: dataclasses.replace(Targets.top_k(z, 3), treatment=tail),
+        lambda z, tail: Targets.top_k(z, 3, tail=tail),
+        lambda z, tail: Targets.top_k(z, 3).treated(tail),
+        lambda z, tail: KIConfig(teacher="x", tail=tail),
+    ],
+)
+@pytest.mark.parametrize("tail", ["typo", "Bucket", "", "bucket "])
+def test_an_unknown_treatment_is_refused_everywhere(make, tail):
+    with pytest.raises(GrowError, match=r"bucket|dense") as refused:
+        make(teacher(), tail)
+    assert repr(tail) in str(refused.value)
+
+
+def test_targets_have_what_their_treatment_reads():
+    logprobs, ids = teacher()[:, :3], torch.arange(3).expand(5, 3)
+    for treatment, lacks in (("bucket", "tail"), ("sampled", "entropy"), ("dense", "'dense'")):
+        with pytest.raises(GrowError, match=lacks):
+            Targets(logprobs, 23, ids, treatment=treatment)
+    with pytest.raises(GrowError, match="'bucket'"):  # nothing is unlisted
+        Targets(logprobs, 3, treatment="bucket")
 
 
 def test_treatments_are_readings_of_the_same_tokens():

@@ -6,10 +6,12 @@ from growlib.ki.config import KIConfig
 from growlib.ki.linear import linear_ki_loss
 from growlib.ki.loss import KILoss, ki_loss
 from growlib.ki.masking import MaskedExamples
+from growlib.ki.mixtures import mixture
 from growlib.ki.projection import Projection
 from growlib.ki.schedules import SCHEDULES, Schedule
-from growlib.ki.targets import TREATMENTS, Targets, mixture
+from growlib.ki.targets import Targets
 from growlib.ki.trainer import KIMixin, KITrainer
+from growlib.ki.treatments import TREATMENTS
 
 __all__ = [
     "SCHEDULES",

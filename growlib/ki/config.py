@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from growlib.errors import GrowError
 from growlib.ki.schedules import Schedule, schedule_of
-from growlib.ki.targets import TREATMENTS
+from growlib.ki.treatments import TREATMENTS, WITHOUT_DRAWS
 
 OneTeacher = PreTrainedModel | str | os.PathLike[str]
 
@@ -92,7 +92,7 @@ class KIConfig:
         self._require("tail", self.tail in (None, *TREATMENTS), "one of " + ", ".join(TREATMENTS))
         self._require("gate", isinstance(self.gate, bool), "True or False")
         if self.top_k is not None:
-            self._require("tail", self.tail != "sampled", "with an online top_k bucket, renorm_teacher or none")
+            self._require("tail", self.tail in (None, *WITHOUT_DRAWS), "with top_k one of " + ", ".join(WITHOUT_DRAWS))
             self._require("teacher", not isinstance(self.teacher, tuple), "with top_k one teacher, or one per domain")
         self._require(
             "domain",

@@ -16,7 +16,9 @@ from growlib.errors import GrowError
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.config import KIConfig
 from growlib.ki.heads import IGNORE_INDEX, Head, aligned_labels, outcomes
-from growlib.ki.targets import Blend, Source, Targets
+from growlib.ki.mixtures import Mixture
+from growlib.ki.predictions import Predictions
+from growlib.ki.targets import Targets
 from growlib.ki.teacher import Teacher, resolve_teacher
 
 DOMAIN = "ki_domain"  # of each row of a batch, the number of its teacher, int64 [B]
@@ -27,12 +29,12 @@ class Part(NamedTuple):
 
     Attributes:
         rows: [n], which of the N positions; None: all.
-        source: targets at these positions, or what they are computed from.
-        teacher_ce: [2], the teacher's summed CE and over how many positions, where the source does not say.
+        predictions: at these positions.
+        teacher_ce: [2], the teacher's summed CE and over how many positions, where the predictions do not say.
     """
 
     rows: Tensor | None
-    source: Source
+    predictions: Predictions
     teacher_ce: Tensor | None
 
 
@@ -50,11 +52,11 @@ class Online:
         self.teacher, self.config = teacher, config
 
     def parts(self, batch: dict[str, Any]) -> list[Part]:
-        found, _ = self.teacher.at_labels(batch)
+        predictions, _ = self.teacher.at_labels(batch)
         if self.config.top_k is None:
-            return [Part(None, found, None)]
+            return [Part(None, predictions, None)]
         tail, temperature = self.config.tail or "bucket", self.config.temperature
-        return [Part(None, Targets.top_k(found, self.config.top_k, tail=tail, temperature=temperature), None)]
+        return [Part(None, Targets.top_k(predictions, self.config.top_k, tail=tail, temperature=temperature), None)]
 
 
 class Cached:
@@ -79,7 +81,7 @@ class Weighted:
 
     def parts(self, batch: dict[str, Any]) -> list[Part]:
         (every,) = zip(*(guide.parts(batch) for guide in self.guides), strict=True)
-        return [Part(None, Blend(tuple(part.source for part in every), self.weights), None)]
+        return [Part(None, Mixture(tuple(part.predictions for part in every), self.weights), None)]
 
 
 class ByDomain:

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from growlib.errors import GrowError
-from growlib.ki.loss import NO_LABEL, KILoss, as_source, check_positions, check_request, listed_weights
+from growlib.ki.loss import NO_LABEL, KILoss, check_request, targets_for
+from growlib.ki.predictions import Predictions, as_predictions, check_positions
 from growlib.ki.projection import Projection
-from growlib.ki.targets import Source, Targets, product, rows_of
+from growlib.ki.targets import Targets
+from growlib.ki.treatments import product
 
 CHUNK_BYTES = 1 << 27  # of float32 logits at once
 
@@ -24,7 +26,7 @@ def linear_ki_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    teacher: Tensor | Targets | Projection,
+    teacher: Tensor | Predictions,
     *,
     alpha: float | Tensor,
     temperature: float = 1.0,
@@ -43,8 +45,7 @@ def linear_ki_loss(
         hidden: [..., H], the states that the head reads, aligned with `labels`.
         weight: [V, H]. A DTensor is gathered, and its gradient taken to be the same in every process; where processes
             have different data, pass `weight.full_tensor(grad_placements=[Partial()])`, whose gradient is the sum.
-        teacher: logits [..., V_teacher] or Targets as in `ki_loss`, or a Projection of as many positions as there
-            are labels: the teacher's own hidden states and head, of whatever hidden size.
+        teacher: as in `ki_loss`; a Projection's hidden states may be of another size.
         logit_scale, softcap: what the model does to its logits; see `Projection`.
         chunk: positions at once; None: as many as `CHUNK_BYTES` of logits hold.
         recompute: compute the gradients in the backward pass, with one more product with the head; False: in the
@@ -60,7 +61,7 @@ def linear_ki_loss(
     """
     labels = check_request(labels, alpha, temperature, num_items)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    check_positions(hidden, "hidden states", len(labels))
+    check_positions(len(hidden), "hidden states", len(labels))
     if chunk is not None and chunk < 1:
         raise GrowError(f"linear_ki_loss(chunk={chunk})", "that is no number of positions", "1 or more, or None")
     if softcap is not None and not softcap > 0:
@@ -75,20 +76,15 @@ def linear_ki_loss(
         labels_N = labels.masked_fill(~counted, NO_LABEL)
     else:
         rows, labels_N = counted, labels[counted]
-    if isinstance(teacher, Projection):
-        check_positions(teacher.hidden, "a teacher's hidden states", len(labels))
-        source: Source = teacher.rows(rows)
-    else:
-        source = as_source(teacher, rows, len(labels))
     sums = linear_ki_sums(
         Projection(hidden[rows], weight, bias, logit_scale, softcap),
         labels_N,
-        source,
+        as_predictions(teacher, len(labels)).rows(rows),
         alpha,
-        temperature=temperature,
-        gate=gate,
-        chunk=chunk,
-        recompute=recompute,
+        temperature,
+        gate,
+        chunk,
+        recompute,
     )
     return KILoss(*(total / number for total in sums[:3]))
 
@@ -106,9 +102,8 @@ class KISums(NamedTuple):
 def linear_ki_sums(
     student: Projection,
     labels: Tensor,
-    teacher: Source,
+    teacher: Predictions,
     alpha: float | Tensor,
-    *,
     temperature: float,
     gate: bool = False,
     chunk: int | None = None,
@@ -119,13 +114,10 @@ def linear_ki_sums(
     Raises:
         GrowError: as `ki_loss`.
     """
-    student = student.gathered()
-    if isinstance(teacher, Projection):
-        teacher = teacher.gathered()
     device = student.hidden.device.type
     if torch.is_autocast_enabled(device) and student.hidden.dtype != torch.float64:  # which autocast leaves alone
         student = student.cast(torch.get_autocast_dtype(device))
-    vocab = student.shape[1]
+    vocab = student.vocab
     settings = _Settings(student.scale, student.softcap, temperature, gate, chunk or _chunk(vocab), recompute)
     exact = torch.promote_types(student.hidden.dtype, torch.float32)
     alpha = student.hidden.new_zeros((), dtype=exact) + (alpha.to(exact) if isinstance(alpha, Tensor) else alpha)
@@ -158,7 +150,7 @@ class _LinearKILoss(torch.autograd.Function):
         bias: Tensor | None,
         alpha: Tensor,
         labels: Tensor,
-        teacher: Source,
+        teacher: Predictions,
         settings: _Settings,
     ) -> tuple[Tensor, ...]:
         head = Projection(hidden, weight, bias, settings.scale, settings.softcap)
@@ -191,7 +183,7 @@ def _run(
     head: Projection,
     alpha: Tensor,
     labels: Tensor,
-    teacher: Source,
+    teacher: Predictions,
     settings: _Settings,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
@@ -205,8 +197,7 @@ def _run(
         rows = slice(start, start + settings.chunk)
         logits = head.rows(rows).logits()
         slope = None if settings.softcap is None else 1 - (logits / settings.softcap).square()
-        targets = rows_of(teacher, rows, settings.temperature, logits.device).over(logits.shape[1])
-        targets = targets.to(logits.device, logits.dtype)
+        targets = targets_for(logits, teacher.rows(rows), settings.temperature)
         sums[4:] += teacher_ce(targets, labels[rows])
         parts, gradient = _chunk_loss(logits, labels[rows], targets, alpha, settings.gate, any(wanted))
         sums[:4] += parts
@@ -242,13 +233,13 @@ def _chunk_loss(
     log_z = kl.log_z if together else logits.logsumexp(1)
     ce = torch.where(counts, log_z - label_logits, 0)
     kd = torch.where(counts, kl.value * targets.temperature**2, 0)
-    listens = counts
+    taught = counts
     if gate:
-        listens = counts & (targets.label_logprobs(labels) > label_logits / targets.temperature - kl.log_z)
-    weight = alpha * listens
+        taught = counts & (targets.label_logprobs(labels) > label_logits / targets.temperature - kl.log_z)
+    weight = alpha * taught
     # A position without weight on one side keeps that side's NaN out, as `mix` does.
     loss = torch.where(weight == 1, 0, (1 - weight) * ce) + torch.where(weight == 0, 0, weight * kd)
-    sums = torch.stack([torch.where(listens, kd - ce, 0).sum(), loss.sum(), ce.sum(), kd.sum()])
+    sums = torch.stack([torch.where(taught, kd - ce, 0).sum(), loss.sum(), ce.sum(), kd.sum()])
     if not with_gradient:
         return sums, None
     on_ce, on_kd = ((1 - weight) * counts)[:, None], (weight * targets.temperature)[:, None]
@@ -279,7 +270,7 @@ def teacher_ce(targets: Targets, labels: Tensor) -> Tensor:
 class _KL(NamedTuple):
     """The KL of n positions, and its gradient in parts: slope · exp(logits - base) + what is added at the listed ids.
 
-    Of a bucket only the logits of the tokens that are not listed are left, and `base` is their log Σ exp.
+    Where the tail has a term, only the logits of unlisted tokens are left, and `base` is their log Σ exp.
     """
 
     value: Tensor  # [n], without τ²
@@ -288,29 +279,28 @@ class _KL(NamedTuple):
     share: Tensor  # [n, 1], exp(base - log_z)
     slope: Tensor  # [n, 1]
     added: Tensor  # [n, K]; of dense targets [n, V], and what is taken away
-    listed: Tensor | None  # [n, K], the student's probabilities; of a bucket
+    listed: Tensor | None  # [n, K], the student's probabilities; where the tail has a term
 
 
 def _kl(logits: Tensor, targets: Targets) -> _KL:
-    """Changes the logits: those that a bucket lists become -inf."""
+    """Changes the logits: where the tail has a term, those of listed tokens become -inf."""
     one = logits.new_ones((len(logits), 1))
     if targets.ids is None:
         log_z, p = logits.logsumexp(1), targets.logprobs.exp()
         # p · (log p - z) with 0 · -inf = 0, for a teacher that excludes tokens and for a student that does
         log_ratio = targets.logprobs.sub(logits).masked_fill_(p == 0, 0.0)
         return _KL(log_z + torch.linalg.vecdot(p, log_ratio), log_z, log_z, one, one, p, None)
-    log_w, constant = listed_weights(targets)
-    w = log_w.exp()
+    terms = targets.kl_terms
+    w = terms.listed.exp()
     listed = logits.gather(1, targets.ids)
-    if targets.treatment != "bucket":
+    if terms.tail is None:
         log_z = logits.logsumexp(1)
-        value = constant - product(w, listed - log_z[:, None]).sum(1)
+        value = terms.constant - product(w, listed - log_z[:, None]).sum(1)
         return _KL(value, log_z, log_z, one, w.sum(1, keepdim=True), -w, None)
-    assert targets.tail is not None
     tail = logits.scatter_(1, targets.ids, -torch.inf).logsumexp(1)
     log_z = torch.logaddexp(tail, listed.logsumexp(1))
-    q, q_tail, t = (listed - log_z[:, None]).exp(), (tail - log_z).exp(), targets.tail.exp()
-    value = constant - product(w, listed - log_z[:, None]).sum(1) - product(t, tail - log_z)
+    q, q_tail, t = (listed - log_z[:, None]).exp(), (tail - log_z).exp(), terms.tail.exp()
+    value = terms.constant - product(w, listed - log_z[:, None]).sum(1) - product(t, tail - log_z)
     base = tail.masked_fill(tail == -torch.inf, 0.0)
     # A token of the tail has q_tail exp(logit - tail) of the student, t of it of the teacher.
     return _KL(value, log_z, base, q_tail[:, None], (q_tail - t)[:, None], q - w, q)

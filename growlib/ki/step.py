@@ -16,7 +16,6 @@ from growlib.ki.guide import Part
 from growlib.ki.hidden import Reach, stand_in
 from growlib.ki.linear import linear_ki_sums, teacher_ce
 from growlib.ki.loss import at_least_float32, kl_per_position, mix
-from growlib.ki.targets import rows_of
 
 CHUNK = 1024  # positions of held-out logits at once
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]  # CE, KL, the teacher's CE, and over how many positions the last is known
@@ -61,13 +60,12 @@ def linear_step(
         student = found.projection(hidden).rows(step.counted)
         for part in step.parts:
             rows = slice(None) if part.rows is None else part.rows
-            source, ki = part.source, step.ki
-            found_sums = linear_ki_sums(
-                student.rows(rows), step.labels[rows], source, step.alpha, temperature=ki.temperature, gate=ki.gate
+            of_part = linear_ki_sums(
+                student.rows(rows), step.labels[rows], part.predictions, step.alpha, step.ki.temperature, step.ki.gate
             )
-            losses.append(found_sums.loss)
-            known = torch.stack(found_sums[3:]) if part.teacher_ce is None else part.teacher_ce
-            sums.append(torch.stack([found_sums.ce, found_sums.kd, *known]))
+            losses.append(of_part.loss)
+            known = torch.stack(of_part[3:]) if part.teacher_ce is None else part.teacher_ce
+            sums.append(torch.stack([of_part.ce, of_part.kd, *known]))
         loss = torch.stack(losses).sum() * weight
         losses[:] = [loss.detach()]
         # Logits of one token that is 0 everywhere, and whose first element has the loss's gradient.
@@ -127,7 +125,7 @@ def plain_step(step: Step, ce: Tensor, outputs: Any, weight: float | Tensor) -> 
     known = student.new_zeros(2)
     for part in step.parts:
         rows = slice(None) if part.rows is None else part.rows
-        targets = rows_of(part.source, slice(None), step.ki.temperature, logits.device).over(student.shape[-1])
+        targets = part.predictions.targets(step.ki.temperature, logits.device).over(student.shape[-1])
         kd = kd + kl_per_position(student[rows], targets).sum()
         known = known + (teacher_ce(targets, step.labels[rows]) if part.teacher_ce is None else part.teacher_ce)
     # The mean over no position is NaN; its gradient is 0, as the KL's.

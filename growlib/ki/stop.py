@@ -12,7 +12,6 @@ from transformers import Trainer, TrainerState
 from growlib.errors import GrowError
 from growlib.ki.guide import Cached, Guide, Online
 from growlib.ki.linear import teacher_ce
-from growlib.ki.targets import rows_of
 
 logger = logging.getLogger("growlib")
 
@@ -78,10 +77,10 @@ class StopWhenPassed:
             assert isinstance(guide, Online)
             vocab = guide.teacher.common_vocab
             if self._loss is None:
-                source, _ = guide.teacher.at_labels(batch)
+                predictions, _ = guide.teacher.at_labels(batch)
                 for start in range(0, len(labels), CHUNK):
                     rows = slice(start, start + CHUNK)
-                    of_teacher += teacher_ce(rows_of(source, rows, 1.0, labels.device), labels[rows])[0]
+                    of_teacher += teacher_ce(predictions.rows(rows).targets(1.0, labels.device), labels[rows])[0]
         known = labels < vocab
         self._sums += torch.stack([student_ce[known].sum(), of_teacher, known.sum()]).cpu()
 

@@ -25,6 +25,7 @@ from growlib.ki.config import KIConfig
 from growlib.ki.heads import IGNORE_INDEX, aligned_labels, decoder_inputs, head_of, outcomes
 from growlib.ki.hidden import Reach, Unreachable, reach, without_logits
 from growlib.ki.projection import Projection
+from growlib.ki.targets import Logits
 
 logger = logging.getLogger("growlib")
 
@@ -65,7 +66,7 @@ class Teacher:
         return self.model(**self._inputs(inputs)).logits[..., : self.common_vocab]
 
     @torch.no_grad()
-    def at_labels(self, inputs: dict[str, Any]) -> tuple[Tensor | Projection, Tensor]:
+    def at_labels(self, inputs: dict[str, Any]) -> tuple[Logits | Projection, Tensor]:
         """The same at the positions whose label counts, [N, common_vocab], and their labels [N].
 
         Hidden states and head stand for the logits where the head can be reached; on the teacher's device.
@@ -81,7 +82,7 @@ class Teacher:
                 logger.info("the teacher's logits are computed as a whole: %s", reason)
         if self._reach is None:
             logits = self.model(**kept).logits[..., : self.common_vocab]
-            return logits.reshape(-1, logits.shape[-1])[counted.to(logits.device)], labels[counted]
+            return Logits(logits.reshape(-1, logits.shape[-1])[counted.to(logits.device)]), labels[counted]
         found = without_logits(self._reach, self.model, kept).tokens(0, self.common_vocab)
         return found.rows(counted.to(found.device)), labels[counted]
 

@@ -21,7 +21,7 @@ from growlib.ki.cache.shards import Entry
 from growlib.ki.heads import IGNORE_INDEX, Head, aligned_labels, outcomes
 from growlib.ki.linear import CHUNK_BYTES
 from growlib.ki.projection import Projection
-from growlib.ki.targets import Targets
+from growlib.ki.targets import Logits, Targets
 from growlib.ki.teacher import Teacher
 
 TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids"}
@@ -184,8 +184,8 @@ class Source(Batches):
         self.packing_is_proven = True
 
 
-def _logits(found: Tensor | Projection, part: slice) -> Tensor:
-    return (found[part] if isinstance(found, Tensor) else found.rows(part).logits()).float()
+def _logits(found: Logits | Projection, part: slice) -> Tensor:
+    return found.rows(part).logits().float()
 
 
 def _ce(logits: Tensor, labels: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from growlib.ki.cache.examples import draw_keys, examples_of
 from growlib.ki.cache.reader import TeacherCache
 from growlib.ki.cache.shards import Header
 from growlib.ki.cache.source import Batches, Collator, Source
-from growlib.ki.targets import Targets, product
+from growlib.ki.targets import Targets
 from growlib.ki.teacher import Teacher
+from growlib.ki.treatments import product
 
 
 @dataclass(frozen=True)
