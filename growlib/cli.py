@@ -186,7 +186,7 @@ def _cache(options: argparse.Namespace) -> int:
     # Here, because it imports the Trainer, which the other commands do not need.
     from growlib.ki.cache import cache_teacher, verify_cache
     from growlib.ki.cache.data import padded, read_examples
-    from growlib.ki.heads import head_of
+    from growlib.ki.tasks import task_of
     from growlib.ki.teacher import tokenizer_at
 
     words = options.arguments
@@ -203,9 +203,9 @@ def _cache(options: argparse.Namespace) -> int:
         return 0 if found.sound else 1
     held_out = read_examples(options.held_out, tokenizer, options.length) if options.held_out else None
     model = checkpoint.load(teacher)
-    head, rows = head_of(model), chain(dataset or (), held_out or ())
-    if head != "causal" and any(row["labels"] is row["input_ids"] for row in rows):
-        wrong = f"there are no labels, and for a {head} model the tokens are none"
+    task, rows = task_of(model), chain(dataset or (), held_out or ())
+    if task != "causal" and any(row["labels"] is row["input_ids"] for row in rows):
+        wrong = f"there are no labels, and for a {task} model the tokens are none"
         raise GrowError(f"growlib cache {' '.join(words)}", wrong, "a .jsonl with labels; growlib.ki.MaskedExamples")
     cache = cache_teacher(
         model,

@@ -11,10 +11,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from growlib.ki import KIConfig, Projection, Targets
-from growlib.ki.guide import Online
-from growlib.ki.hidden import Reach
+from growlib.ki.head_access import HeadAccess
 from growlib.ki.linear import linear_ki_sums
 from growlib.ki.mixtures import Mixture
+from growlib.ki.positions import Positions
+from growlib.ki.providers import OnlineProvider
 from growlib.ki.teacher import Teacher
 
 _setup_privateuseone_for_python_backend("second")
@@ -35,10 +36,11 @@ with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         for name, buffer in module._buffers.items():
             module._buffers[name] = torch.empty(buffer.shape, device="second")
     placed = Teacher(teacher, VOCAB)
-    placed._reach_known = True  # without values nothing can be proven
+    placed._access_known = True  # without values nothing can be proven
     batch = dict.fromkeys(("input_ids", "labels"), torch.ones(2, 5, dtype=torch.int64))
-    for placed._reach in (None, Reach(teacher.lm_head, 1.0, None)):
-        (part,) = Online(placed, KIConfig(teacher=teacher)).parts(batch)
+    positions = Positions.of(batch, "causal")
+    for placed._access in (None, HeadAccess(teacher.lm_head, 1.0, None)):
+        (part,) = OnlineProvider(placed, KIConfig(teacher=teacher)).parts(batch, positions)
         assert part.predictions.rows(slice(0, 2)).targets(1.0, cpu).logprobs.device == cpu
-    assert placed.at_labels(batch)[0].device == torch.device("second", 0)
+    assert placed.predict(batch, positions).device == torch.device("second", 0)
 print("both devices kept apart")

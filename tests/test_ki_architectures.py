@@ -17,8 +17,8 @@ SAMPLE = {"qwen3", "gemma2", "phi", "falcon", "mamba", "granitemoe"}  # the othe
 
 
 class WithWholeLogits(KITrainer):
-    def _ki_find_path(self, model, inputs):
-        return super()._ki_find_path(model, inputs)._replace(reach=None)
+    def _ki_needs_logits(self):
+        return "the test wants whole logits"
 
 
 def tiny(model_type):
@@ -54,7 +54,7 @@ def test_a_step_before_the_head_is_the_step_of_whole_logits(tmp_path, model_type
         )  # fmt: skip
         trainer.train()
         stepped.append(parameters(model))
-        reached.append(trainer._ki_path.reach is not None)
+        reached.append(trainer._ki_loss_form.access is not None)
     assert not reached[1]
     if not reached[0]:
         assert model_type not in SAMPLE

@@ -21,6 +21,7 @@ from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki import MaskedExamples, Targets, TeacherCache, verify_cache
 from growlib.ki.cache.data import padded
 from growlib.ki.cache.examples import examples_of
+from growlib.ki.positions import Positions
 
 ROWS = examples(40)
 
@@ -240,7 +241,7 @@ def test_a_cache_that_does_not_fit_the_student_is_refused(tmp_path, student, opt
         ({"shard_examples": 0}, "shard_examples=0.* 1 or more"),
         ({"vocab": VOCAB + 1}, f"1 to {VOCAB}"),
         ({"rows": ["dear", "reader"]}, "an example is a str.* a dict"),
-        ({"model": "folder", "head": "decoder"}, "causal, masked, seq2seq, image"),
+        ({"model": "folder", "task": "decoder"}, "causal, masked, seq2seq, image"),
         ({"vocab": 0}, f"1 to {VOCAB}"),
         ({"samples": -1}, "samples=-1.* 0 or more"),
         ({"top_k": 1.5}, "top_k=1.5.* no whole number"),
@@ -263,7 +264,7 @@ def test_what_cannot_be_cached_is_refused_before_anything_is_written(tmp_path, c
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(GrowError, match="something else stands there"):
+    with pytest.raises(GrowError, match="the folder holds other files"):
         write(tmp_path)
 
 
@@ -322,10 +323,10 @@ def test_after_stop_at_the_cache_is_read_no_more(tmp_path, monkeypatch):
     write(tmp_path / "cache")
     reads = []
     read = TeacherCache.read
-    monkeypatch.setattr(TeacherCache, "read", lambda self, batch: reads.append(1) or read(self, batch))
+    monkeypatch.setattr(TeacherCache, "read", lambda self, *batch: reads.append(1) or read(self, *batch))
     trainer = train(tmp_path, llama(0), KIConfig(teacher=tmp_path / "cache", stop_at=0.3), ROWS, max_steps=10)
     assert len(reads) == 3
-    assert trainer._ki_guide is None
+    assert trainer._ki_provider is None
 
 
 def test_random_masks_are_refused(tmp_path):
@@ -376,4 +377,4 @@ def test_labels_on_padding_are_refused():
     batch = padded([{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}, {"input_ids": [3], "labels": [3]}])
     batch["labels"][:] = 2
     with pytest.raises(GrowError, match="-100 on padding"):
-        examples_of(batch, "masked")
+        examples_of(batch, "masked", Positions.of(batch, "masked"))

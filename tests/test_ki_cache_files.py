@@ -123,7 +123,7 @@ def test_logits_that_are_no_numbers_are_named_and_not_written(tmp_path):
 def test_held_out_logits_are_computed_in_chunks(tmp_path, monkeypatch):
     sizes, logits = [], Projection.logits
     monkeypatch.setattr(Projection, "logits", lambda self: sizes.append(len(self.hidden)) or logits(self))
-    monkeypatch.setattr("growlib.ki.cache.source.CHUNK_BYTES", 1)
+    monkeypatch.setattr("growlib.ki.linear.CHUNK_BYTES", 1)
     write(tmp_path / "cache", held_out=ROWS, batch_size=40)
     assert max(sizes[1:]) == 16  # the first are those that prove the head
 
@@ -136,10 +136,10 @@ def test_settings_of_any_type_of_number_are_the_same_settings(tmp_path, monkeypa
     assert train(tmp_path, llama(0), KIConfig(teacher="~/cache"), ROWS).state.global_step == 1
 
 
-@pytest.mark.parametrize(("maker", "head"), [(llama, "causal"), (bert, "masked"), (t5, "seq2seq")])
-def test_a_folder_is_loaded_as_its_config_names(tmp_path, maker, head):
+@pytest.mark.parametrize(("maker", "task"), [(llama, "causal"), (bert, "masked"), (t5, "seq2seq")])
+def test_a_folder_is_loaded_as_its_config_names(tmp_path, maker, task):
     maker(1, hidden=8).save_pretrained(tmp_path / "teacher")
-    assert write(tmp_path / "cache", tmp_path / "teacher", ROWS[:4]).header.head == head
+    assert write(tmp_path / "cache", tmp_path / "teacher", ROWS[:4]).header.task == task
 
 
 def test_a_disk_that_refuses_is_named_and_what_is_finished_stays(tmp_path):

@@ -35,7 +35,7 @@ from transformers import (
 
 from growlib import GrowError, KIConfig, KITrainer
 from growlib.ki import ki_loss
-from growlib.ki.hidden import Unreachable, reach
+from growlib.ki.head_access import NoHeadAccess, access_head
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -184,8 +184,8 @@ def test_a_model_that_excludes_tokens_after_its_head_is_not_reached():
             return outputs
 
     model = Excluding(llama(0).config)
-    with pytest.raises(Unreachable, match="not finite"):
-        reach(model, model, {"input_ids": collate(examples(2))["input_ids"]})
+    with pytest.raises(NoHeadAccess, match="not finite"):
+        access_head(model, model, {"input_ids": collate(examples(2))["input_ids"]})
 
 
 def test_logits_in_other_places_than_the_labels_are_named(tmp_path):

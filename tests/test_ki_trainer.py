@@ -22,6 +22,7 @@ from ki_tiny import (
     train,
 )
 from safetensors.torch import load_file
+from test_ki_teacher import predicted
 from transformers import Trainer
 
 from growlib import KIConfig, KITrainer
@@ -152,8 +153,8 @@ def test_teacher_stops_and_is_freed_after_stop_at(tmp_path):
         data_collator=collate,
         ki=KIConfig(teacher=tmp_path / "teacher", stop_at=0.3),
     )
-    forwards = CountForwards(trainer._ki_guide.teacher.model)
-    teacher = weakref.ref(trainer._ki_guide.teacher.model)
+    forwards = CountForwards(trainer._ki_provider.teacher.model)
+    teacher = weakref.ref(trainer._ki_provider.teacher.model)
     trainer.train()
     gc.collect()
     # Steps 0, 1, 2 of 10, two micro-batches each; and two passes at the first, to find the teacher's head.
@@ -269,7 +270,7 @@ def test_teacher_stays_frozen_in_eval_mode_and_outside_the_model(tmp_path):
     trainer = train(tmp_path, student, half(teacher), examples(8), max_steps=2)
     teacher.train()
     batch = collate(examples(4))
-    first, second = (trainer._ki_guide.teacher.logits(batch) for _ in range(2))
+    first, second = (predicted(trainer, batch) for _ in range(2))
     assert torch.equal(first, second)
     assert not teacher.training
     assert torch.equal(before, parameters(teacher))

@@ -117,8 +117,8 @@ def linear_ki_sums(
     device = student.hidden.device.type
     if torch.is_autocast_enabled(device) and student.hidden.dtype != torch.float64:  # which autocast leaves alone
         student = student.cast(torch.get_autocast_dtype(device))
-    vocab = student.vocab
-    settings = _Settings(student.scale, student.softcap, temperature, gate, chunk or _chunk(vocab), recompute)
+    chunk = chunk or chunk_size(student.vocab)
+    settings = _Settings(student.scale, student.softcap, temperature, gate, chunk, recompute)
     exact = torch.promote_types(student.hidden.dtype, torch.float32)
     alpha = student.hidden.new_zeros((), dtype=exact) + (alpha.to(exact) if isinstance(alpha, Tensor) else alpha)
     with torch.autocast(device, enabled=False):
@@ -126,7 +126,8 @@ def linear_ki_sums(
     return KISums(*sums)
 
 
-def _chunk(vocab: int) -> int:
+def chunk_size(vocab: int) -> int:
+    """How many positions' logits are computed at once."""
     return max(CHUNK_BYTES // (4 * vocab), 16)
 
 

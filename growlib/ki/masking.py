@@ -10,7 +10,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from growlib.errors import GrowError
 from growlib.ki.counter import uniforms
-from growlib.ki.heads import IGNORE_INDEX
+from growlib.ki.positions import IGNORE_INDEX
 
 
 class MaskedExamples(Dataset):

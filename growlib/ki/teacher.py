@@ -1,4 +1,4 @@
-"""An online teacher: found, checked against the student, frozen."""
+"""An online teacher: loaded, checked against the student, frozen."""
 
 import inspect
 import logging
@@ -9,7 +9,7 @@ import torch
 import transformers
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,10 +22,11 @@ from transformers import (
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
-from growlib.ki.heads import IGNORE_INDEX, aligned_labels, decoder_inputs, head_of, outcomes
-from growlib.ki.hidden import Reach, Unreachable, reach, without_logits
+from growlib.ki.head_access import HeadAccess, NoHeadAccess, access_head
+from growlib.ki.positions import Positions
 from growlib.ki.projection import Projection
 from growlib.ki.targets import Logits
+from growlib.ki.tasks import decoder_inputs, outcomes, task_of
 
 logger = logging.getLogger("growlib")
 
@@ -39,52 +40,46 @@ NOT_FOR_THE_TEACHER = {"labels", "shift_labels", "num_items_in_batch"}
 
 
 class Teacher:
-    """A frozen model that gives the logits to learn from.
+    """A frozen model to learn from.
 
     It is no `nn.Module`, so that nothing that walks the student's modules wraps, trains or saves it.
 
     Attributes:
         model: in eval mode, without gradients.
         common_vocab: number of token ids that teacher and student share.
-        head: how its labels meet its logits.
+        task: how its labels meet its logits.
         names: what its forward pass takes.
     """
 
     def __init__(self, model: PreTrainedModel, common_vocab: int) -> None:
         self.model = model.eval().requires_grad_(False)
         self.common_vocab = common_vocab
-        self.head = head_of(model)
+        self.task = task_of(model)
         parameters = inspect.signature(model.forward).parameters
         self.names = set(parameters)
-        self._reach: Reach | None = None
-        self._reach_known = False
         self._takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._access: HeadAccess | None = None
+        self._access_known = False
 
     @torch.no_grad()
-    def logits(self, inputs: dict[str, Any]) -> Tensor:
-        """The teacher's logits on the student's inputs, [batch, length, common_vocab]."""
-        return self.model(**self._inputs(inputs)).logits[..., : self.common_vocab]
+    def predict(self, inputs: dict[str, Any], positions: Positions) -> Logits | Projection:
+        """What it says on the student's inputs at the positions that count, over `common_vocab` token ids.
 
-    @torch.no_grad()
-    def at_labels(self, inputs: dict[str, Any]) -> tuple[Logits | Projection, Tensor]:
-        """The same at the positions whose label counts, [N, common_vocab], and their labels [N].
-
-        Hidden states and head stand for the logits where the head can be reached; on the teacher's device.
+        Hidden states and head stand for the logits where growlib has access to the head. On the teacher's device.
         """
-        labels = aligned_labels(inputs, self.head).reshape(-1)
-        counted = labels != IGNORE_INDEX
         kept = self._inputs(inputs)
-        if not self._reach_known:
-            self._reach_known = True
+        if not self._access_known:
+            self._access_known = True
             try:
-                self._reach = reach(self.model, self.model, kept)
-            except Unreachable as reason:
+                self._access = access_head(self.model, self.model, kept)
+            except NoHeadAccess as reason:
                 logger.info("the teacher's logits are computed as a whole: %s", reason)
-        if self._reach is None:
+        if self._access is None:
             logits = self.model(**kept).logits[..., : self.common_vocab]
-            return Logits(logits.reshape(-1, logits.shape[-1])[counted.to(logits.device)]), labels[counted]
-        found = without_logits(self._reach, self.model, kept).tokens(0, self.common_vocab)
-        return found.rows(counted.to(found.device)), labels[counted]
+            whole: Logits | Projection = Logits(logits.reshape(-1, logits.shape[-1]))
+        else:
+            whole = self._access.run(self.model, kept).tokens(0, self.common_vocab)
+        return whole.rows(positions.flat.to(whole.device))
 
     def _inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the teacher takes of a batch, where it takes it."""
@@ -98,7 +93,7 @@ class Teacher:
         if "use_cache" in self.names:
             kept["use_cache"] = False
         if self.model.config.is_encoder_decoder:
-            kept |= decoder_inputs(self.model, inputs) or {"labels": inputs["labels"]}  # it shifts them by itself
+            kept |= decoder_inputs(self.model, inputs) or {"labels": inputs["labels"]}  # which it shifts itself
         device = self.model.device  # meta: accelerate reads the weights when they are needed, and moves the inputs
         return kept if device.type == "meta" else send_to_device(kept, device)
 
@@ -121,15 +116,15 @@ def resolve_teacher(
         GrowError: the teacher cannot be loaded from safetensors, is another kind of model, shares
             parameters with the student, or its token ids do not mean what the student's mean.
     """
-    head = head_of(student)
+    task = task_of(student)
     if isinstance(teacher, PreTrainedModel):
-        model, source = teacher, teacher.name_or_path or ""
+        model, folder = teacher, teacher.name_or_path or ""
     else:
-        source = os.fspath(teacher)
-        model = load_teacher(source, head, config.teacher_dtype)
-    asked = f"KIConfig(teacher={source or type(model).__name__!r})"
-    if head_of(model) != head:
-        raise GrowError(asked, f"a {head_of(model)} model cannot teach a {head} one", f"a {head} model")
+        folder = os.fspath(teacher)
+        model = load_teacher(folder, task, config.teacher_dtype)
+    asked = f"KIConfig(teacher={folder or type(model).__name__!r})"
+    if task_of(model) != task:
+        raise GrowError(asked, f"a {task_of(model)} model cannot teach a {task} one", f"a {task} model")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise GrowError(
             asked,
@@ -142,37 +137,38 @@ def resolve_teacher(
             "it shares parameters with the student, which freezing it would freeze",
             "a copy of the model",
         )
-    if head == "image":
+    if task == "image":
         names = [_class_names(model), _class_names(student)]
     else:
-        names = [tokenizer and tokenizer.get_vocab() for tokenizer in (tokenizer_at(source), student_tokenizer)]
+        names = [tokenizer and tokenizer.get_vocab() for tokenizer in (tokenizer_at(folder), student_tokenizer)]
     common_vocab = _common_vocab(asked, config, [outcomes(model), outcomes(student)], names)
     if getattr(model, "hf_device_map", None) is None:
         model.to(device=device, dtype=config.teacher_dtype)  # type: ignore[call-arg]
     return Teacher(model, common_vocab)
 
 
-def load_teacher(source: str, head: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_teacher(folder: str, task: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
     """Load safetensors weights, never code.
 
     Args:
-        head: the kind of model; None: the class that the config names, or a causal one where it names none.
+        folder: or a hub id.
+        task: None: the class that the config names, or a causal one where it names none.
 
     Raises:
-        GrowError: they do not load, or not as this kind of model.
+        GrowError: they do not load, or not as a model for this task.
     """
-    asked = f"the teacher {source!r}"
-    if head is not None and head not in AUTO_CLASS:
-        raise GrowError(f"a teacher with head={head!r}", "there is no such kind of model", ", ".join(AUTO_CLASS))
-    kind = "language" if head is None else head
+    asked = f"the teacher {folder!r}"
+    if task is not None and task not in AUTO_CLASS:
+        raise GrowError(f"a teacher with task={task!r}", "there is no such task", ", ".join(AUTO_CLASS))
+    kind = "language" if task is None else task
     try:
-        if head is None:
-            named = AutoConfig.from_pretrained(source, trust_remote_code=False).architectures or [""]
+        if task is None:
+            named = AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or [""]
             model_class: Any = getattr(transformers, named[0], AutoModelForCausalLM)
         else:
-            model_class = AUTO_CLASS[head]
+            model_class = AUTO_CLASS[task]
         model, report = model_class.from_pretrained(
-            source,
+            folder,
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,
@@ -186,11 +182,7 @@ def load_teacher(source: str, head: str | None, dtype: torch.dtype | None) -> Pr
         ) from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
-        raise GrowError(
-            asked,
-            f"the checkpoint lacks {missing}",
-            f"the checkpoint of a {kind} model, head included",
-        )
+        raise GrowError(asked, f"the checkpoint lacks {missing}", f"the checkpoint of a {kind} model, head included")
     return model
 
 
@@ -198,24 +190,24 @@ def _share_parameters(one: nn.Module, other: nn.Module) -> bool:
     return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())
 
 
-def tokenizer_at(source: str) -> Any:
-    """The tokenizer that lies beside the teacher's weights; None where there is none.
+def tokenizer_at(folder: str) -> Any:
+    """The tokenizer beside the teacher's weights; None where there is none.
 
     Raises:
         GrowError: it is broken.
     """
-    if os.path.isdir(source):
-        if not any(os.path.isfile(os.path.join(source, f"tokenizer{end}")) for end in (".json", "_config.json")):
+    if os.path.isdir(folder):
+        if not any(os.path.isfile(os.path.join(folder, f"tokenizer{end}")) for end in (".json", "_config.json")):
             return None
-    elif os.path.exists(source) or not source:
+    elif os.path.exists(folder) or not folder:
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except OSError:
         return None
-    except Exception as error:  # what tokenizers raises has no class of its own
+    except Exception as error:  # the tokenizers library raises plain exceptions
         wrong = f"its tokenizer cannot be read ({error})"
-        raise GrowError(f"the teacher {source!r}", wrong, "a tokenizer of transformers, or none") from error
+        raise GrowError(f"the teacher {folder!r}", wrong, "a tokenizer of transformers, or none") from error
 
 
 def _class_names(model: PreTrainedModel) -> dict[str, int] | None:
@@ -224,19 +216,19 @@ def _class_names(model: PreTrainedModel) -> dict[str, int] | None:
     return None if all(name == f"LABEL_{i}" for name, i in names.items()) else names
 
 
-def _common_vocab(asked: str, config: KIConfig, sizes: list[int], names: list[dict[str, int] | None]) -> int:
+def _common_vocab(asked: str, config: KIConfig, vocabs: list[int], names: list[dict[str, int] | None]) -> int:
     """How many ids, from 0 up, teacher and student share; of tokens, or of an image's classes.
 
     Args:
-        sizes: of the teacher's and the student's vocabulary.
+        vocabs: how many ids the teacher has, and the student.
         names: the ids of the teacher's and the student's tokens; None where there is no tokenizer.
     """
-    common = min(sizes) if config.common_vocab is None else config.common_vocab
-    if common > min(sizes):
+    common = min(vocabs) if config.common_vocab is None else config.common_vocab
+    if common > min(vocabs):
         raise GrowError(
             f"KIConfig(common_vocab={common})",
-            f"teacher and student have {sizes[0]} and {sizes[1]} ids",
-            f"at most {min(sizes)}",
+            f"teacher and student have {vocabs[0]} and {vocabs[1]} ids",
+            f"at most {min(vocabs)}",
         )
     if names[0] and names[1]:
         mine, others = (
@@ -251,12 +243,12 @@ def _common_vocab(asked: str, config: KIConfig, sizes: list[int], names: list[di
                 f"{len(mine.items() ^ others.items())} (name, id) pairs are in only one of them",
                 "a teacher with the student's, or common_vocab=the number of ids from 0 that agree",
             )
-        return common if sizes[0] == sizes[1] else min(common, max(mine.values()) + 1)
-    if sizes[0] != sizes[1] and config.common_vocab is None:
+        return common if vocabs[0] == vocabs[1] else min(common, max(mine.values()) + 1)
+    if vocabs[0] != vocabs[1] and config.common_vocab is None:
         raise GrowError(
             asked,
-            f"its vocabulary has {sizes[0]} ids and the student's {sizes[1]}, and without both tokenizers "
-            "(the trainer's processing_class, the teacher's folder) nothing shows that only padding differs",
+            f"its vocabulary has {vocabs[0]} ids and the student's {vocabs[1]}, and without both tokenizers "
+            "(the trainer's processing_class, the teacher's folder) nothing proves that only padding differs",
             "a teacher with the student's vocabulary, both tokenizers, or common_vocab=the number of ids "
             "from 0 that mean the same",
         )

@@ -2,6 +2,6 @@
 
 from growlib.ki.cache.capture import cache_teacher
 from growlib.ki.cache.reader import TeacherCache, is_cache
-from growlib.ki.cache.verify import CacheVerification, verify_cache
+from growlib.ki.cache.verification import CacheVerification, verify_cache
 
 __all__ = ["CacheVerification", "TeacherCache", "cache_teacher", "is_cache", "verify_cache"]

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from growlib.errors import GrowError
-from growlib.ki.heads import IGNORE_INDEX
+from growlib.ki.positions import IGNORE_INDEX
 
 PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0, "token_type_ids": 0, "position_ids": 0}
 
@@ -38,8 +38,8 @@ class Examples:
         if not hasattr(dataset, "__iter__" if streams else "__len__") or (streams and iter(dataset) is dataset):
             raise GrowError(
                 "cache_teacher",
-                f"the {name} is a {type(dataset).__name__}, which cannot be read twice from its beginning",
-                "a dataset with a length and an index, or an iterable one that begins anew each time",
+                f"the {name} is a {type(dataset).__name__}, which cannot be read twice",
+                "a dataset with a length and an index, or an iterable one that starts again each time",
             )
         self.count = sum(1 for _ in dataset) if streams else len(dataset)
         self.in_order = streams
@@ -60,26 +60,26 @@ class Examples:
             return
         stream = enumerate(self.dataset)
         for number in numbers:
-            found = next((example for place, example in stream if place == number), None)
-            if found is None:
+            example = next((example for place, example in stream if place == number), None)
+            if example is None:
                 wrong = f"the {self.name} had {self.count} examples, and no number {number} when it was read again"
                 raise GrowError("cache_teacher", wrong, "a dataset that is the same each time")
-            yield found
+            yield example
 
     def batches(self, size: int) -> Iterator[list[Any]]:
-        """All of them, so many at once."""
+        """All of them, `size` at once."""
         return batched(self.at(range(len(self))), size)
 
 
 def batched(examples: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of so many, the last one shorter."""
-    source = iter(examples)
-    while batch := list(islice(source, size)):
+    """Lists of `size` examples, the last one shorter."""
+    rest = iter(examples)
+    while batch := list(islice(rest, size)):
         yield batch
 
 
 class Blocks(Dataset):
-    """Rows of token ids [E, L], each its own labels."""
+    """Blocks of token ids [E, L], which are their own labels."""
 
     def __init__(self, ids: np.ndarray) -> None:
         self.ids = ids
@@ -92,13 +92,13 @@ class Blocks(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+def padded(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch of examples of whatever lengths: those of `PADDING` that they have, and `attention_mask`, [B, L]."""
-    rows = [{"attention_mask": torch.ones(len(row["input_ids"]), dtype=torch.int64), **row} for row in rows]
+    masked = [{"attention_mask": torch.ones(len(x["input_ids"]), dtype=torch.int64), **x} for x in examples]
     return {
-        name: torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row[name]) for row in rows], True, padding)
+        name: torch.nn.utils.rnn.pad_sequence([torch.as_tensor(x[name]) for x in masked], True, padding)
         for name, padding in PADDING.items()
-        if name in rows[0]
+        if name in masked[0]
     }
 
 
@@ -124,7 +124,7 @@ def read_examples(
     if kind == ".npy":
         return Blocks(_token_ids(asked, path))
     if kind == ".jsonl":
-        return _rows(asked, path)
+        return _lines(asked, path)
     if length < 2:
         raise GrowError(asked, f"of a block of length={length} nothing is predicted", "2 or more tokens")
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -153,26 +153,26 @@ def _token_ids(asked: str, path: Path) -> np.ndarray:
     return ids
 
 
-def _rows(asked: str, path: Path) -> list[dict[str, Any]]:
-    rows = []
+def _lines(asked: str, path: Path) -> list[dict[str, Any]]:
+    examples = []
     try:
         with path.open(encoding="utf-8") as file:  # whose lines, unlike splitlines', do not end at U+2028
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    rows.append(_row(f"{asked}, line {number}", line))
+                    examples.append(_line(f"{asked}, line {number}", line))
     except UnicodeDecodeError as error:
         raise GrowError(asked, f"it is no UTF-8 text ({error})", "an example per line") from error
-    if not rows:
+    if not examples:
         raise GrowError(asked, "it is empty", "an example per line")
-    return rows
+    return examples
 
 
-def _row(asked: str, line: str) -> dict[str, Any]:
+def _line(asked: str, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-        ids = np.array(row["input_ids"])
+        example = json.loads(line)
+        ids = np.array(example["input_ids"])
     except (ValueError, KeyError, TypeError) as error:
         raise GrowError(asked, f"it is no example ({error!r})", 'such as {"input_ids": [5, 3, 8]}') from error
     if ids.ndim != 1 or ids.dtype.kind != "i" or not (ids.min() >= 0 and ids.max() < 1 << 31):
         raise GrowError(asked, "its input_ids are no token ids", 'such as {"input_ids": [5, 3, 8]}')
-    return {"labels": row["input_ids"], **row}
+    return {"labels": example["input_ids"], **example}

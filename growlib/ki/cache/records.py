@@ -23,8 +23,8 @@ MAX_ID_BITS = 22  # 10 bits are left for the log-probability then: steps of 0.02
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a record holds.
+class RecordFormat:
+    """What the record of a position holds.
 
     Attributes:
         vocab: how many token ids the teacher's distribution is over.
@@ -72,10 +72,10 @@ class Layout:
         assert targets.tail is not None
         ids = targets.ids.cpu().numpy()
         drawn = ids[:, self.top_k :]
-        logprobs = targets.logprobs[:, : self.top_k].cpu().double().numpy()  # float32 rounds 2^25 - 1 up, into the id
+        logprobs = targets.logprobs[:, : self.top_k].cpu().double().numpy()  # float32 rounds 2^25 - 1 up: another id
         level = np.rint(np.clip(logprobs / LOWEST, 0.0, 1.0) * self.steps).astype(np.uint32)
-        head = ids[:, : self.top_k].astype(np.uint32) << np.uint32(32 - self.id_bits) | level
-        parts = [head.astype("<u4"), drawn.astype("<u2")]
+        exact = ids[:, : self.top_k].astype(np.uint32) << np.uint32(32 - self.id_bits) | level
+        parts = [exact.astype("<u4"), drawn.astype("<u2")]
         if self.id_bits > 16:
             parts.append((drawn >> 16).astype("u1"))
         parts.append(_half(targets.tail)[:, None])
@@ -95,9 +95,9 @@ class Layout:
         ids = np.empty((positions, self.top_k + self.samples), np.int64)
         logprobs = np.empty((positions, self.top_k + self.samples), np.float32)
         tail = raw[3].view("<f2")[:, 0].astype(np.float32)
-        head = raw[0].view("<u4")
-        np.right_shift(head, np.uint32(32 - self.id_bits), out=ids[:, : self.top_k], casting="unsafe")
-        np.multiply(head & np.uint32(self.steps), LOWEST / self.steps, out=logprobs[:, : self.top_k], casting="unsafe")
+        exact = raw[0].view("<u4")
+        np.right_shift(exact, np.uint32(32 - self.id_bits), out=ids[:, : self.top_k], casting="unsafe")
+        np.multiply(exact & np.uint32(self.steps), LOWEST / self.steps, out=logprobs[:, : self.top_k], casting="unsafe")
         entropy = None
         if self.samples:
             ids[:, self.top_k :] = raw[1].view("<u2")

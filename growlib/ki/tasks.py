@@ -1,9 +1,8 @@
-"""What kind of model a model is, and which label each of its positions predicts."""
+"""Which task a model was made for, which decides how labels meet logits."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
@@ -15,12 +14,10 @@ from transformers.models.auto.modeling_auto import (
 
 from growlib.errors import GrowError
 
-IGNORE_INDEX = -100  # transformers' losses and collators
-
-Head = Literal["causal", "masked", "seq2seq", "image"]
+Task = Literal["causal", "masked", "seq2seq", "image"]
 
 
-def head_of(model: PreTrainedModel) -> Head:
+def task_of(model: PreTrainedModel) -> Task:
     """Read from transformers' own tables how a model's loss aligns labels with logits.
 
     Raises:
@@ -50,11 +47,11 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def decoder_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What an encoder-decoder's decoder reads of a batch; empty where the model makes it of the labels by itself."""
+    """The inputs of an encoder-decoder's decoder; empty where the model itself makes them from the labels."""
     if "decoder_input_ids" in inputs:
         return {"decoder_input_ids": inputs["decoder_input_ids"]}
     make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    composite = getattr(model.config, "decoder", None) is not None  # it makes a mask of the labels, too
+    composite = getattr(model.config, "decoder", None) is not None  # it makes a mask from the labels, too
     return {} if make is None or composite else {"decoder_input_ids": make(inputs["labels"])}
 
 
@@ -66,16 +63,4 @@ def _classes(table: Mapping[str, str | Sequence[str]]) -> set[str]:
 def outcomes(model: PreTrainedModel) -> int:
     """How many tokens or classes a model chooses from."""
     config: Any = model.config
-    return config.num_labels if head_of(model) == "image" else config.get_text_config().vocab_size
-
-
-def aligned_labels(inputs: dict[str, Tensor], head: Head) -> Tensor:
-    """The label that each position's logits predict, [batch, length], of images [batch]; as in `ForCausalLMLoss`."""
-    if "shift_labels" in inputs:
-        return inputs["shift_labels"]
-    if "labels" not in inputs:
-        given = ", ".join(inputs)
-        raise GrowError(f"a teacher for a batch of {given}", "it has no labels", 'a column "labels", or a collator\'s')
-    if head == "causal":
-        return F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
-    return inputs["labels"]
+    return config.num_labels if task_of(model) == "image" else config.get_text_config().vocab_size

@@ -35,7 +35,7 @@ from transformers import (
 
 from growlib import GrowError, KIConfig, KIMixin, KITrainer, cache_teacher
 from growlib.ki import Targets, ki_loss, mixture
-from growlib.ki.hidden import Unreachable, final_logits, reach
+from growlib.ki.head_access import NoHeadAccess, access_head, final_logits
 
 CONSTANT = {"schedule": "constant", "stop_at": None, "alpha": 0.5}
 
@@ -68,13 +68,13 @@ def test_the_loss_from_hidden_states_takes_the_step_of_whole_logits(tmp_path, na
     for linear in (True, False):
 
         class Whole(KITrainer):
-            def _ki_require_stock_loss(self):
-                raise Unreachable("the test wants whole logits")
+            def _ki_needs_logits(self):
+                return "the test wants whole logits"
 
         student = make(0)
         options = {"logging_strategy": "steps", "logging_steps": 1, "learning_rate": 0.05}
         trainer = train(tmp_path, student, half(make(1)), rows, KITrainer if linear else Whole, **options)
-        assert (trainer._ki_path.reach is not None) is linear
+        assert (trainer._ki_loss_form.access is not None) is linear
         stepped[linear] = (parameters(student), trainer.state.log_history[0])
     torch.testing.assert_close(stepped[True][0], stepped[False][0], rtol=1e-5, atol=1e-6)
     assert (stepped[True][0] - parameters(make(0))).abs().max() > 1e-3
@@ -124,12 +124,12 @@ def test_a_head_that_cannot_be_proven_is_not_used():
     ):
         bare = model.eval()
         bare.get_output_embeddings = getattr(bare, "get_output_embeddings", lambda: None)
-        with pytest.raises(Unreachable, match=reason):
-            reach(bare, bare, batch)
+        with pytest.raises(NoHeadAccess, match=reason):
+            access_head(bare, bare, batch)
     wrapped = llama()
     wrapped.lm_head.forward = wrapped.lm_head.forward
-    with pytest.raises(Unreachable, match="offloaded or wrapped"):
-        reach(wrapped, wrapped, batch)
+    with pytest.raises(NoHeadAccess, match="offloaded or wrapped"):
+        access_head(wrapped, wrapped, batch)
     assert final_logits(SPECIAL["gemma2"]().config) == (1.0, 1.5)
 
 
@@ -138,7 +138,7 @@ def test_a_fallback_is_said_once_and_taught_all_the_same(tmp_path, caplog):
     start = parameters(student)
     with caplog.at_level(logging.WARNING, "growlib"):
         trainer = train(tmp_path, student, half(llama(1)), rows, max_steps=3, remove_unused_columns=False)
-    assert trainer._ki_path.reach is None
+    assert trainer._ki_loss_form.access is None
     assert sum("whole logits" in record.message for record in caplog.records) == 1
     assert (parameters(student) - start).abs().max() > 1e-3
 
@@ -157,7 +157,7 @@ def test_an_encoder_decoder_that_shifts_its_labels_by_itself(tmp_path, caplog):
     by_hand = sgd_step(m2m(0, 16).eval(), m2m(1, 8), rows, lambda labels: labels, alpha=0.5)
     with caplog.at_level(logging.WARNING, "growlib"):
         train(tmp_path, student, half(m2m(1, 8)), rows)
-    assert "makes its decoder's inputs of the labels by itself" in caplog.text
+    assert "makes its decoder's inputs from the labels by itself" in caplog.text
     torch.testing.assert_close(parameters(student), by_hand, rtol=1e-5, atol=1e-6)
     cache = cache_teacher(m2m(1, 8), rows, tmp_path / "cache", data_collator=collate, top_k=VOCAB, samples=0)
     cached = m2m(0, 16)
@@ -349,4 +349,4 @@ def test_a_mixin_over_a_trainer_without_a_loss_of_its_own_is_as_fast(tmp_path):
         pass
 
     trainer = train(tmp_path, llama(0), half(llama(1)), examples(8), trainer_class=Taught)
-    assert trainer._ki_path.reach is not None
+    assert trainer._ki_loss_form.access is not None
