@@ -184,7 +184,7 @@ def _families(options: argparse.Namespace) -> int:
 
 def _cache(options: argparse.Namespace) -> int:
     # Here, because it imports the Trainer, which the other commands do not need.
-    from growlib.ki.cache import cache_teacher, verify_cache
+    from growlib.ki import cache_teacher, verify_cache
     from growlib.ki.cache.data import padded, read_examples
     from growlib.ki.tasks import task_of
     from growlib.ki.teacher import tokenizer_at

@@ -50,7 +50,7 @@ from growlib.ki import Projection, Targets, TeacherCache, ki_loss, linear_ki_los
 from growlib.ki.cache.data import Blocks
 from growlib.ki.cache.examples import examples_of
 from growlib.ki.cache.shards import FORMAT, Header, StoredExample, shard_path, write_header, write_shard
-from growlib.ki.positions import Positions
+from growlib.ki.tasks import Positions
 
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki.head_access import access_head
-from growlib.ki.positions import Positions
 from growlib.ki.providers import Part
 from growlib.ki.step import Step, linear_step
 from growlib.ki.targets import Targets
+from growlib.ki.tasks import Positions
 
 folder = Path(sys.argv[1])
 rows, teacher = examples(16), llama(1, hidden=8)

@@ -13,9 +13,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from growlib.ki import KIConfig, Projection, Targets
 from growlib.ki.head_access import HeadAccess
 from growlib.ki.linear import linear_ki_sums
-from growlib.ki.mixtures import Mixture
-from growlib.ki.positions import Positions
+from growlib.ki.predictions import Mixture
 from growlib.ki.providers import OnlineProvider
+from growlib.ki.tasks import Positions
 from growlib.ki.teacher import Teacher
 
 _setup_privateuseone_for_python_backend("second")

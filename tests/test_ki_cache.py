@@ -21,7 +21,7 @@ from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki import MaskedExamples, Targets, TeacherCache, verify_cache
 from growlib.ki.cache.data import padded
 from growlib.ki.cache.examples import examples_of
-from growlib.ki.positions import Positions
+from growlib.ki.tasks import Positions
 
 ROWS = examples(40)
 

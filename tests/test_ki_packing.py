@@ -10,7 +10,7 @@ from growlib import GrowError, KIConfig, KITrainer
 from growlib.ki import verify_cache
 from growlib.ki.cache.data import padded
 from growlib.ki.cache.examples import examples_of
-from growlib.ki.positions import Positions
+from growlib.ki.tasks import Positions
 
 
 def test_order_batches_padding_and_packing_may_change(tmp_path):

@@ -161,7 +161,7 @@ def test_dense_targets_change_their_temperature_and_sparse_ones_say_why_not():
     logits = teacher()
     dense = Targets.dense(logits).at(2.5)
     torch.testing.assert_close(dense.logprobs, (logits / 2.5).log_softmax(-1))
-    with pytest.raises(GrowError, match="not listed weigh at another temperature"):
+    with pytest.raises(GrowError, match="unlisted tokens at another temperature"):
         ki_loss(logits, torch.arange(5), Targets.top_k(logits, 4), alpha=0.5, temperature=2.0)
 
 

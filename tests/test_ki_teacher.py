@@ -14,8 +14,7 @@ from transformers import (
 )
 
 from growlib import GrowError, KIConfig, KITrainer
-from growlib.ki.positions import Positions
-from growlib.ki.tasks import task_of
+from growlib.ki.tasks import Positions, task_of
 
 
 def tokenizer(words):

@@ -1,6 +1,5 @@
 """The settings of teacher-guided training."""
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from growlib.errors import GrowError
+from growlib.ki.predictions import are_weights
 from growlib.ki.schedules import Schedule, schedule_of
 from growlib.ki.treatments import TREATMENTS, WITHOUT_DRAWS
 
@@ -63,22 +63,20 @@ class KIConfig:
     gate: bool = False
 
     def __post_init__(self) -> None:
+        mapped = isinstance(self.teacher, Mapping)
         for teacher in self.teachers:
             if not isinstance(teacher, PreTrainedModel | str | os.PathLike):
-                raise GrowError(
-                    f"KIConfig(teacher={type(teacher).__name__} object)",
-                    "this is not a model",
-                    "a PreTrainedModel, a folder, or a hub id; a tuple or a dict of them",
-                )
+                valid = "a PreTrainedModel, a folder, or a hub id; a tuple or a dict of them"
+                raise GrowError(f"KIConfig(teacher={type(teacher).__name__} object)", "this is not a model", valid)
         self._require("teacher", len(self.teachers) > 0, "at least one")
         schedule = schedule_of(self.schedule)
         if self.stop_at == "default":
             object.__setattr__(self, "stop_at", schedule.stop_at)
         share: Any = self.stop_at
-        in_range = share == "auto" or (_is_number(share) and 0 < share <= 1)
-        if schedule.needs_stop_at:
-            self._require("stop_at", in_range, 'a share in (0, 1], or "auto"; this schedule needs an end')
-        self._require("stop_at", share is None or in_range, 'a share in (0, 1], "auto", or None')
+        usable = share == "auto" or (_is_number(share) and 0 < share <= 1)
+        if share is not None or schedule.needs_stop_at:
+            none = "this schedule needs an end" if schedule.needs_stop_at else "or None"
+            self._require("stop_at", usable, f'a share in (0, 1], or "auto"; {none}')
         temperature, alpha = self.temperature, self.alpha
         self._require("temperature", _is_number(temperature) and 0 < temperature < float("inf"), "above 0")
         self._require("alpha", _is_number(alpha) and 0 <= alpha <= 1, "a weight in [0, 1]")
@@ -94,23 +92,10 @@ class KIConfig:
         if self.top_k is not None:
             self._require("tail", self.tail in (None, *WITHOUT_DRAWS), "with top_k one of " + ", ".join(WITHOUT_DRAWS))
             self._require("teacher", not isinstance(self.teacher, tuple), "with top_k one teacher, or one per domain")
-        self._require(
-            "domain",
-            (self.domain is not None) == isinstance(self.teacher, Mapping),
-            "a dataset column, with a dict of teachers and only then",
-        )
-        self._require(
-            "weights",
-            self.weights is None
-            or (
-                isinstance(self.teacher, tuple)
-                and isinstance(self.weights, tuple)
-                and len(self.weights) == len(self.teacher)
-                and all(_is_number(weight) and weight > 0 for weight in self.weights)
-                and math.isclose(sum(self.weights), 1.0, abs_tol=1e-6)
-            ),
-            "one positive weight per teacher of a tuple, summing to 1",
-        )
+        self._require("domain", (self.domain is not None) == mapped, "a dataset column, with a dict of teachers only")
+        averaged = isinstance(self.teacher, tuple) and isinstance(self.weights, tuple)
+        usable = self.weights is None or (averaged and are_weights(self.weights, len(self.teachers)))
+        self._require("weights", usable, "one positive weight per teacher of a tuple, summing to 1")
         self.alpha_at(0.0)
 
     @property
@@ -122,14 +107,10 @@ class KIConfig:
 
     def _require(self, name: str, valid: bool, what_is_valid: str) -> None:
         if not valid:
-            raise GrowError(f"KIConfig({name}={getattr(self, name)!r})", "the value is not usable", what_is_valid)
+            raise GrowError(f"KIConfig({name}={getattr(self, name)!r})", "the value cannot be used", what_is_valid)
 
     def alpha_at(self, progress: float) -> float:
-        """α when the share `progress` of training (0 to 1) is done; with "auto", as long as the teacher stays.
-
-        Raises:
-            GrowError: the schedule returns no number in [0, 1].
-        """
+        """α at a progress in [0, 1]; with "auto", as long as the teacher stays. GrowError as `Schedule`."""
         return self.alpha * schedule_of(self.schedule)(progress, 1.0 if isinstance(self.stop_at, str) else self.stop_at)
 
 

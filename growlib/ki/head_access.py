@@ -25,12 +25,7 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 @dataclass(frozen=True)
 class HeadAccess:
-    """The linear layer that ends a model, and what the model does to its output.
-
-    Attributes:
-        head: of weight [V, H].
-        scale, softcap: see `Projection`.
-    """
+    """The linear layer that ends a model, of weight [V, H], and what the model does to its output: see `Projection`."""
 
     head: nn.Linear
     scale: float
@@ -51,14 +46,11 @@ class HeadAccess:
             del self.head.forward
 
     def run(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Projection:
-        """A forward pass up to the head, of a model without a wrapper: its logits, not yet computed.
-
-        The states are in the head's own dtype; autocast gives others.
-        """
+        """A forward pass up to the head, of a model without a wrapper: its logits, not yet computed."""
         states: list[Tensor] = []
 
         def keep(hidden: Tensor) -> Tensor:
-            states.append(hidden.to(self.head.weight.dtype))
+            states.append(hidden.to(self.head.weight.dtype))  # autocast gives another dtype
             return stand_in(hidden)
 
         with self.replaced(keep):
@@ -86,13 +78,7 @@ def final_logits(config: PreTrainedConfig) -> tuple[float, float | None]:
 def access_head(bare: PreTrainedModel, model: Callable[..., Any], inputs: Mapping[str, Any]) -> HeadAccess:
     """Check, on a real batch without labels, that a model's logits are what its head and its config make of them.
 
-    Args:
-        bare: the model itself.
-        model: the model in whatever wraps it.
-        inputs: what the model takes, without labels.
-
-    Raises:
-        NoHeadAccess: with the reason.
+    `bare` is the model itself, `model` the same in its wrappers. Raises NoHeadAccess with the reason.
     """
     head = bare.get_output_embeddings()
     # A wrapper may subclass Linear (FSDP2 does); quantised and adapted layers have a forward of their own.

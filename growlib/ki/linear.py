@@ -43,21 +43,17 @@ def linear_ki_loss(
 
     Args:
         hidden: [..., H], the states that the head reads, aligned with `labels`.
-        weight: [V, H]. A DTensor is gathered, and its gradient taken to be the same in every process; where processes
-            have different data, pass `weight.full_tensor(grad_placements=[Partial()])`, whose gradient is the sum.
+        weight: [V, H]. A DTensor is gathered; its gradient is then the same in every process. Where processes have
+            different data, pass `weight.full_tensor(grad_placements=[Partial()])`, whose gradient is the sum.
         teacher: as in `ki_loss`; a Projection's hidden states may be of another size.
         logit_scale, softcap: what the model does to its logits; see `Projection`.
         chunk: positions at once; None: as many as `CHUNK_BYTES` of logits hold.
         recompute: compute the gradients in the backward pass, with one more product with the head; False: in the
-            forward pass, where the head's gradient then waits in float32.
-        alpha, temperature, ignore_index, num_items, gate: as in `ki_loss`.
+            forward pass, which keeps the head's gradient in float32.
+        alpha, temperature, ignore_index, num_items, gate: as in `ki_loss`, also what is refused.
 
     Returns:
-        KILoss(loss, ce, kd). Gradients flow from `loss`, to hidden, weight, bias and alpha; `ce` and `kd` are
-        detached.
-
-    Raises:
-        GrowError: as `ki_loss`.
+        KILoss(loss, ce, kd). Gradients flow from `loss`, to hidden, weight, bias and alpha; `ce` and `kd` are detached.
     """
     labels = check_request(labels, alpha, temperature, num_items)
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -71,21 +67,14 @@ def linear_ki_loss(
         raise GrowError(asked, "the head does not read them", f"a weight [vocabulary, {hidden.shape[1]}]")
     counted = labels != ignore_index
     number = counted.sum().clamp(min=1) if num_items is None else num_items
-    if torch.compiler.is_compiling():  # how many count cannot be a size in the graph: the others stay, without weight
+    if torch.compiler.is_compiling():  # their number cannot be a size of the graph: the others stay, without weight
         rows: slice | Tensor = slice(None)
         labels_N = labels.masked_fill(~counted, NO_LABEL)
     else:
         rows, labels_N = counted, labels[counted]
-    sums = linear_ki_sums(
-        Projection(hidden[rows], weight, bias, logit_scale, softcap),
-        labels_N,
-        as_predictions(teacher, len(labels)).rows(rows),
-        alpha,
-        temperature,
-        gate,
-        chunk,
-        recompute,
-    )
+    student = Projection(hidden[rows], weight, bias, logit_scale, softcap)
+    predictions = as_predictions(teacher, len(labels)).rows(rows)
+    sums = linear_ki_sums(student, labels_N, predictions, alpha, temperature, gate, chunk, recompute)
     return KILoss(*(total / number for total in sums[:3]))
 
 
@@ -109,11 +98,7 @@ def linear_ki_sums(
     chunk: int | None = None,
     recompute: bool = False,
 ) -> KISums:
-    """`linear_ki_loss` as sums over the N positions whose label, [N], is not `NO_LABEL`; see there.
-
-    Raises:
-        GrowError: as `ki_loss`.
-    """
+    """`linear_ki_loss` as sums over the N positions whose label, [N], is not `NO_LABEL`."""
     device = student.hidden.device.type
     if torch.is_autocast_enabled(device) and student.hidden.dtype != torch.float64:  # which autocast leaves alone
         student = student.cast(torch.get_autocast_dtype(device))
@@ -238,7 +223,7 @@ def _chunk_loss(
     if gate:
         taught = counts & (targets.label_logprobs(labels) > label_logits / targets.temperature - kl.log_z)
     weight = alpha * taught
-    # A position without weight on one side keeps that side's NaN out, as `mix` does.
+    # A term without weight is left out, NaN included, as in `mix`.
     loss = torch.where(weight == 1, 0, (1 - weight) * ce) + torch.where(weight == 0, 0, weight * kd)
     sums = torch.stack([torch.where(taught, kd - ce, 0).sum(), loss.sum(), ce.sum(), kd.sum()])
     if not with_gradient:

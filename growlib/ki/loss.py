@@ -52,10 +52,9 @@ def ki_loss(
             student's V.
         alpha: weight of the KL, in [0, 1]; a tensor has no dimensions.
         temperature: τ > 0.
-        num_items: the denominator; None: the number of labels that count in this call, which makes both terms
-            means.
-        gate: take α as 0 at positions where the teacher gives the label no more probability than the student, both
-            at τ and over the common tokens.
+        num_items: the denominator; None: the number of labels that count, which makes both terms means.
+        gate: α is 0 at positions where the teacher gives the label no more probability than the student, both at τ and
+            over the common tokens.
 
     Returns:
         KILoss(loss, ce, kd); `ce` and `kd` are over all positions, gated or not. Without any label that counts,
@@ -84,10 +83,10 @@ def ki_loss(
 
 
 def check_request(labels: Tensor, alpha: float | Tensor, temperature: float, num_items: int | Tensor | None) -> Tensor:
-    """The labels as int64 [N]; raises GrowError for what no KI loss takes. The values of tensors are not looked at."""
+    """The labels as int64 [N]; raises GrowError for what no KI loss takes. The values of tensors are not checked."""
     for name, value in (("alpha", alpha), ("num_items", num_items)):
         if isinstance(value, Tensor) and value.ndim:
-            raise GrowError(f"a KI loss with {name} of shape {list(value.shape)}", "one is for all", "no dimensions")
+            raise GrowError(f"a KI loss with {name} of shape {list(value.shape)}", "it is one number", "no dimensions")
     if labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise GrowError(f"a KI loss with labels of {labels.dtype}", "they are no token ids", "integers")
     if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
@@ -99,22 +98,18 @@ def check_request(labels: Tensor, alpha: float | Tensor, temperature: float, num
 
 
 def targets_for(student_NV: Tensor, teacher: Predictions, temperature: float) -> Targets:
-    """The teacher's targets for the student's logits at the same positions: on their device, in their dtype.
-
-    Raises:
-        GrowError: the targets are sparse, and not of this temperature or of too large a vocabulary.
-    """
+    """The teacher's targets for the student's logits at the same positions, on their device and in their dtype."""
     targets = teacher.targets(temperature, student_NV.device).over(student_NV.shape[-1])
     return targets.to(student_NV.device, student_NV.dtype)
 
 
 def _log_q(student_NV: Tensor, targets: Targets) -> Tensor:
-    """The student's log-probabilities where the teacher's are: over the same token ids, at the same τ."""
+    """The student's log-probabilities over the teacher's token ids, at the same τ."""
     return F.log_softmax(student_NV[:, : targets.vocab] / targets.temperature, dim=-1)
 
 
 def kl_per_position(student_NV: Tensor, targets: Targets) -> Tensor:
-    """τ² KL(P_teacher(τ) ‖ P_student(τ)) at each position, [N], as the targets' treatment defines it."""
+    """τ² KL(P_teacher(τ) ‖ P_student(τ)) at each position, [N], by the targets' treatment."""
     log_q = _log_q(student_NV, targets)
     squared = targets.temperature**2
     if targets.ids is None:

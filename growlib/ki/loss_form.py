@@ -1,4 +1,4 @@
-"""How the trainer behind the mixin computes its loss, read from the first batch, since nothing declares it."""
+"""How the trainer behind the mixin computes its loss. Nothing declares it, so it is measured on the first batch."""
 
 import logging
 from collections.abc import Callable
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from growlib.ki.head_access import HeadAccess, NoHeadAccess, access_head
-from growlib.ki.positions import Positions
-from growlib.ki.tasks import Task, decoder_inputs
+from growlib.ki.tasks import Positions, Task, decoder_inputs
 
 logger = logging.getLogger("growlib")
 
@@ -22,7 +21,7 @@ class LossForm(NamedTuple):
     Attributes:
         divides: the loss is a sum divided by `num_items_in_batch`, not a mean over the micro-batch.
         access: to the student's head; None: the loss needs whole logits.
-        shifts: the labels are aligned as the task says; False: each is its own position's (BartForCausalLM).
+        shifts: the labels are aligned as the task says; False: each position predicts its own (BartForCausalLM).
     """
 
     divides: bool
@@ -35,20 +34,17 @@ def find_loss_form(
     student: PreTrainedModel,
     inputs: dict[str, Any],
     task: Task,
-    own_loss: Callable[[nn.Module, dict[str, Any], Tensor], Any],
-    scale: int,
+    loss_behind: Callable[[nn.Module, dict[str, Any], Tensor], Any],
     needs_logits: str | None,
 ) -> LossForm:
-    """Run the student on a batch and see how its loss is made.
+    """Run the student, which `model` wraps, on a batch, and compare its loss with the plain cross-entropy.
 
     Models that compute their loss inline (BERT, T5) accept `num_items_in_batch` and ignore it. A loss that is divided
-    by it is half as large with twice as many items. The plain cross-entropy is computed too, and compared.
+    by it is half as large with twice as many items.
 
     Args:
-        model: the student in its wrappers.
-        own_loss: (model, batch, number of items) -> the loss of the trainer behind the mixin.
-        scale: the factor by which it undoes the gradient mean over processes.
-        needs_logits: why its loss needs whole logits whatever the student is; None: it does not.
+        loss_behind: (model, batch, number of items) -> the loss of the trainer behind the mixin, of one process.
+        needs_logits: why it needs whole logits, as far as the trainer's settings say.
     """
     positions = Positions.of(inputs, task)
     if positions.count == 0:  # its loss would be NaN
@@ -61,14 +57,14 @@ def find_loss_form(
     access: HeadAccess | None = None
     shifts = True
     with torch.no_grad():
-        once = own_loss(model, dict(inputs), items)
-        divides = bool(once != own_loss(model, dict(inputs), 2 * items))
+        once = loss_behind(model, dict(inputs), items)
+        divides = bool(once != loss_behind(model, dict(inputs), 2 * items))
         try:
             if needs_logits is not None:
                 raise NoHeadAccess(needs_logits)
             unlabelled = without_labels(inputs, student, task)
             access = access_head(student, model, unlabelled)
-            shifts = _shifts(once / scale, model(**unlabelled).logits, inputs, task)
+            shifts = _shifts(once, model(**unlabelled).logits, inputs, task)
         except NoHeadAccess as reason:
             access = None
             logger.warning("The loss is computed from whole logits: %s.", reason)
@@ -77,11 +73,7 @@ def find_loss_form(
 
 
 def without_labels(inputs: dict[str, Any], student: PreTrainedModel, task: Task) -> dict[str, Any]:
-    """The batch as a forward pass without a loss takes it.
-
-    Raises:
-        NoHeadAccess: the student needs its labels.
-    """
+    """The batch as a forward pass without a loss takes it; raises NoHeadAccess where the student needs its labels."""
     kept = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
     if task == "seq2seq":
         of_decoder = decoder_inputs(student, inputs)
@@ -92,11 +84,7 @@ def without_labels(inputs: dict[str, Any], student: PreTrainedModel, task: Task)
 
 
 def _shifts(loss: Tensor, logits: Tensor, inputs: dict[str, Any], task: Task) -> bool:
-    """Whether a loss is the CE of the labels as the task aligns them, or (False) of each position's own label.
-
-    Raises:
-        NoHeadAccess: it is neither.
-    """
+    """Whether a loss is the CE of the labels as the task aligns them, or (False) of each position's own label."""
     exact = logits.dtype.itemsize >= 4 and not torch.is_autocast_enabled(logits.device.type)
     for shifts in (True,) if "shift_labels" in inputs else (True, False):
         labels = Positions.of(inputs, task, shifts).aligned

@@ -1,4 +1,4 @@
-"""Logits that need not exist: the hidden states and the head that would give them.
+"""Logits that are not computed as a whole: hidden states and a head.
 
 Shapes: N positions, H hidden size, V tokens.
 """
@@ -40,16 +40,13 @@ class Projection:
 
     @property
     def vocab(self) -> int:
-        """V."""
         return self.weight.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where the logits would be."""
         return self.hidden.device
 
     def rows(self, chosen: slice | Tensor) -> "Projection":
-        """Some positions."""
         return replace(self, hidden=self.hidden[chosen])
 
     def tokens(self, start: int, stop: int) -> "Projection":
@@ -58,7 +55,7 @@ class Projection:
         return replace(self, weight=self.weight[start:stop], bias=bias)
 
     def cast(self, dtype: torch.dtype) -> "Projection":
-        """The same in another dtype."""
+        """In another dtype."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
 
@@ -71,5 +68,4 @@ class Projection:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def targets(self, temperature: float, device: torch.device) -> Targets:
-        """The whole distribution at τ."""
         return Targets.dense(self.logits(), temperature=temperature).to(device)

@@ -16,11 +16,9 @@ from growlib.errors import GrowError
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.config import KIConfig
 from growlib.ki.linear import teacher_ce
-from growlib.ki.mixtures import Mixture
-from growlib.ki.positions import Positions
-from growlib.ki.predictions import Predictions
+from growlib.ki.predictions import Mixture, Predictions
 from growlib.ki.targets import Targets
-from growlib.ki.tasks import Task, outcomes
+from growlib.ki.tasks import Positions, outcomes, task_of
 from growlib.ki.teacher import Teacher, resolve_teacher
 
 DOMAIN = "ki_domain"  # of each row of a batch, the number of its teacher, int64 [B]
@@ -28,44 +26,27 @@ CHUNK = 1024  # positions of held-out logits at once
 
 
 class Part(NamedTuple):
-    """What one teacher says.
+    """What one teacher says."""
 
-    Attributes:
-        rows: [n], at which of the N positions; None: at all.
-        predictions: there.
-        teacher_ce: [2], the teacher's summed CE and over how many positions, where the predictions do not say.
-    """
-
-    rows: Tensor | None
-    predictions: Predictions
-    teacher_ce: Tensor | None
+    rows: Tensor | None  # [n], at which of the N positions; None: at all
+    predictions: Predictions  # there
+    teacher_ce: Tensor | None  # [2], its summed CE and over how many positions, where the predictions do not give it
 
 
 class HeldOut(NamedTuple):
-    """How a teacher's loss on held-out text is known.
+    """How a teacher's loss on held-out text is known."""
 
-    Attributes:
-        vocab: the token ids that it predicts; other labels are left out.
-        ce: the mean, where it is known beforehand.
-        ce_of: (batch, its positions) -> its sum there; where `ce` is None.
-    """
-
-    vocab: int
-    ce: float | None
-    ce_of: Callable[[dict[str, Any], Positions], Tensor] | None
+    vocab: int  # number of token ids that it predicts; other labels are left out
+    ce: float | None  # the mean, where it is known beforehand
+    ce_of: Callable[[dict[str, Any], Positions], Tensor] | None  # the sum over a batch, where it is not
 
 
 class TeacherProvider(Protocol):
-    """Where a training step's teacher comes from.
-
-    Attributes:
-        held_out: None where the teacher's loss on held-out text cannot be known.
-    """
+    """Gives the parts of a batch. `held_out` is None where the teacher's loss on held-out text cannot be known."""
 
     held_out: HeldOut | None
 
-    def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
-        """What is known at the positions of a batch that count."""
+    def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]: ...
 
 
 class OnlineProvider:
@@ -76,11 +57,11 @@ class OnlineProvider:
         self.held_out: HeldOut | None = HeldOut(teacher.common_vocab, None, self._ce_of)
 
     def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
-        predictions = self.teacher.predict(batch, positions)
-        if self.config.top_k is None:
+        predictions, k = self.teacher.predict(batch, positions), self.config.top_k
+        if k is None:
             return [Part(None, predictions, None)]
         tail, temperature = self.config.tail or "bucket", self.config.temperature
-        return [Part(None, Targets.top_k(predictions, self.config.top_k, tail=tail, temperature=temperature), None)]
+        return [Part(None, Targets.top_k(predictions, k, tail=tail, temperature=temperature), None)]
 
     @torch.no_grad()
     def _ce_of(self, batch: dict[str, Any], positions: Positions) -> Tensor:
@@ -130,17 +111,14 @@ class DomainProvider:
         self.providers = providers
 
     def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
-        labels = positions.aligned
+        labels, asked = positions.aligned, "KIConfig(domain=...)"
         if DOMAIN not in batch or len(batch[DOMAIN]) != len(labels):
-            raise GrowError(
-                "KIConfig(domain=...)",
-                "the examples of this batch have no domain, or are packed into fewer rows",
-                "the column in every training example, one example per row",
-            )
+            wrong = "the examples of this batch have no domain, or are packed into fewer rows"
+            raise GrowError(asked, wrong, "the column in every training example, one example per row")
         domains = batch[DOMAIN]
         if (domains < 0).any():
             wrong = "an example of this batch is of a domain that has no teacher"
-            raise GrowError("KIConfig(domain=...)", wrong, ", ".join(map(repr, self.providers)))
+            raise GrowError(asked, wrong, ", ".join(map(repr, self.providers)))
         of_position = domains.view(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)[positions.mask]
         parts = []
         for number, provider in enumerate(self.providers.values()):
@@ -166,27 +144,19 @@ def _rows(name: str, value: Any, rows: Tensor, count: int) -> Any:
 
 
 def load_provider(
-    config: KIConfig,
-    student: PreTrainedModel,
-    student_tokenizer: PreTrainedTokenizerBase | None,
-    task: Task,
-    device: torch.device,
+    config: KIConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device
 ) -> TeacherProvider:
-    """Load what `config.teacher` names, and check that it can teach the student.
-
-    Raises:
-        GrowError: as `resolve_teacher`; or a cache is of another tokenizer, temperature or task.
-    """
+    """Load what `config.teacher` names; raises GrowError where it cannot teach the student."""
 
     def one(teacher: Any) -> TeacherProvider:
         if is_cache(teacher):
             cache = TeacherCache(teacher)
-            _check_cache(cache, config, student, student_tokenizer, task)
+            _check_cache(cache, config, student, tokenizer)
             return CacheProvider(cache, config)
         if config.tail is not None and config.top_k is None:
             asked = f"KIConfig(tail={config.tail!r}) with an online teacher"
             raise GrowError(asked, "its whole distribution has no tail", "top_k beside it, or a cache, or no tail")
-        online = resolve_teacher(config, teacher, student, student_tokenizer, device)
+        online = resolve_teacher(config, teacher, student, tokenizer, device)
         if config.top_k is not None and config.top_k > online.common_vocab:
             wrong = f"teacher and student share {online.common_vocab} token ids"
             raise GrowError(f"KIConfig(top_k={config.top_k})", wrong, "at most so many")
@@ -200,31 +170,25 @@ def load_provider(
     return providers[0]
 
 
-def _check_cache(cache: TeacherCache, config: KIConfig, student: PreTrainedModel, tokenizer: Any, task: Task) -> None:
+def _check_cache(cache: TeacherCache, config: KIConfig, student: PreTrainedModel, tokenizer: Any) -> None:
     """Raise GrowError where a cache cannot teach the student."""
     asked = f"KIConfig(teacher={str(cache.path)!r}, temperature={config.temperature})"
-    header, vocab = cache.header, outcomes(student)
+    header, vocab, task = cache.header, outcomes(student), task_of(student)
     if header.task != task:
         raise GrowError(asked, f"the cache is of a {header.task} model, the student {task}", f"a {task} one")
     if header.temperature != config.temperature:
-        raise GrowError(
-            asked,
-            f"the cache holds probabilities at temperature {header.temperature}, and {header.top_k} of them do not say "
-            "what the others weigh at another",
-            f"temperature={header.temperature}, or a cache written at {config.temperature}",
-        )
+        wrong = f"it has the {header.top_k} most probable tokens at temperature {header.temperature} only"
+        raise GrowError(asked, wrong, f"temperature={header.temperature}, or a cache at {config.temperature}")
     cache.check_tokenizer(tokenizer)
     has_both = tokenizer is not None and header.tokenizer is not None
     padded = has_both and max(tokenizer.get_vocab().values()) < header.vocab
     shared = config.common_vocab or (header.vocab if padded else vocab)
     if header.vocab != shared or header.vocab > vocab:
-        raise GrowError(
-            asked,
-            f"the cache is over {header.vocab} token ids and the student has {vocab}, "
-            + ("which no tokenizer proves to be padding" if config.common_vocab is None else f"common_vocab={shared}"),
-            f"a cache written with vocab={min(shared, vocab)}, or, where its ids mean the same to the student, "
-            f"common_vocab={header.vocab}",
-        )
+        unproven = "which no tokenizer proves to be padding"
+        wrong = f"the cache is over {header.vocab} token ids and the student has {vocab}, "
+        wrong += unproven if config.common_vocab is None else f"common_vocab={shared}"
+        same = f"where its ids mean the same to the student, common_vocab={header.vocab}"
+        raise GrowError(asked, wrong, f"a cache written with vocab={min(shared, vocab)}, or, {same}")
     if config.top_k is not None:
         raise GrowError(asked, "top_k is of online teachers; the cache has its own", "no top_k")
     if config.gate and header.top_k == 0:

@@ -28,16 +28,13 @@ class LogitSource(Protocol):
 
 
 class RunningTopK:
-    """The K largest logits so far. What leaves them, or never enters, is the tail, from which is drawn.
+    """The K largest logits so far. All others are the tail, from which the draws are taken.
 
     Attributes:
         logits, ids: [N, K], the largest so far; fewer columns while fewer ids were read, so that all are distinct.
         tail: [N], log Σ exp of all others.
         tail_mean: [N], the mean logit under the softmax of the tail; there with draws.
         draws: [N, M], ids drawn from the tail in proportion to its probabilities.
-
-    Args:
-        like: the first tile [N, w], for its positions, dtype and device.
     """
 
     def __init__(self, like: Tensor, k: int, samples: int) -> None:
@@ -72,7 +69,7 @@ class RunningTopK:
         self._into_tail(candidate_ids, candidates.scatter_(1, chosen, -torch.inf), left)
 
     def _into_tail(self, ids: Tensor, logits: Tensor, random: Tensor | None) -> None:
-        """Add ids [N, w] with logits [N, w], of which those at -inf are not there; `random` [N, 2 M]."""
+        """Add ids [N, w] with logits [N, w], where -inf means absent; `random` [N, 2 M]."""
         if logits.shape[1] == 0:
             return
         ceiling = logits.amax(1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
@@ -94,13 +91,9 @@ class RunningTopK:
 def running_top_k(
     source: LogitSource, k: int, temperature: float, tile: int, samples: int, uniforms: Callable[[int], Tensor | None]
 ) -> RunningTopK:
-    """Read logits / τ tile by tile.
+    """Read logits / τ tile by tile; raises GrowError where `k` or `tile` is out of range.
 
-    Args:
-        uniforms: number of a tile -> uniform numbers [N, 4 M] that decide its draws; None without draws.
-
-    Raises:
-        GrowError: k is more than the vocabulary, or nothing would be kept or drawn; or `tile` is below 1.
+    `uniforms` gives for the number of a tile [N, 4 M] random numbers, or None.
     """
     if not (k >= 1 or (samples and k == 0)) or k > source.vocab:
         asked = f"the {k} most probable tokens of {source.vocab}"

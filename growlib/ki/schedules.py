@@ -1,8 +1,7 @@
 """How the teacher's weight α falls over training: pure functions of the progress t/T.
 
 `progress` is the share of training that is done, `global_step / max_steps` in [0, 1]. `stop_at` is the share from which
-α is exactly 0. A schedule returns the factor of `KIConfig.alpha` before that. A new one is a function and its row in
-`SCHEDULES`.
+α is 0. A new schedule is one row in `SCHEDULES`, and its function where it needs one.
 """
 
 import math
@@ -19,9 +18,9 @@ class Schedule:
     """A function of the progress, and how it ends.
 
     Attributes:
-        function: (progress, stop_at) -> factor of `KIConfig.alpha`, in [0, 1]. It is called before `stop_at` only.
-        needs_stop_at: whether `stop_at` must be a number. Otherwise it may be None, and the function ends by itself.
-        stop_at: what `KIConfig.stop_at` is where it is not given.
+        function: (progress, stop_at) -> factor of `KIConfig.alpha`, in [0, 1]; called before `stop_at` only.
+        needs_stop_at: `stop_at` must be a number; False: it may be None, and the function ends by itself.
+        stop_at: the value of `KIConfig.stop_at` where none is given.
     """
 
     function: Callable[[float, Any], float]
@@ -29,11 +28,7 @@ class Schedule:
     stop_at: float | None = 0.3
 
     def __call__(self, progress: float, stop_at: float | None) -> float:
-        """The factor of `KIConfig.alpha` at `progress`, 0 from `stop_at`.
-
-        Raises:
-            GrowError: the function returns no number in [0, 1].
-        """
+        """The factor of `KIConfig.alpha`; raises GrowError where the function returns no number in [0, 1]."""
         if stop_at is not None and progress >= stop_at:
             return 0.0
         factor = self.function(progress, stop_at)
@@ -66,16 +61,12 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def schedule_of(schedule: Any) -> Schedule:
-    """The schedule of a name, a `Schedule`, or a function of the progress alone.
-
-    Raises:
-        GrowError: it is none of these.
-    """
+    """The schedule of a name, a `Schedule`, or a function of the progress; GrowError where it is none of them."""
     if isinstance(schedule, Schedule):
         return schedule
     if callable(schedule):
         return Schedule(lambda progress, _: schedule(progress), needs_stop_at=False, stop_at=None)
-    if not isinstance(schedule, str) or schedule not in SCHEDULES:
-        valid = f"one of {', '.join(SCHEDULES)}, or a function of the progress"
-        raise GrowError(f"KIConfig(schedule={schedule!r})", "there is no such schedule", valid)
-    return SCHEDULES[schedule]
+    if isinstance(schedule, str) and schedule in SCHEDULES:
+        return SCHEDULES[schedule]
+    valid = f"one of {', '.join(SCHEDULES)}, or a function of the progress"
+    raise GrowError(f"KIConfig(schedule={schedule!r})", "there is no such schedule", valid)

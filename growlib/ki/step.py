@@ -1,6 +1,6 @@
-"""One training step's loss: from the hidden states before the student's head, or from its whole logits.
+"""One training step's loss, from the hidden states before the student's head or from its whole logits, and its log.
 
-Shapes: N positions whose label counts.
+Shapes: B batch, L length, V tokens, N positions that count.
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from growlib.errors import GrowError
@@ -15,22 +16,46 @@ from growlib.ki.config import KIConfig
 from growlib.ki.head_access import HeadAccess, stand_in
 from growlib.ki.linear import linear_ki_sums, teacher_ce
 from growlib.ki.loss import at_least_float32, kl_per_position, mix
-from growlib.ki.positions import Positions
 from growlib.ki.providers import CHUNK, Part
+from growlib.ki.tasks import Positions
 
+ASKED = "Knowledge Inheritance"
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]  # CE, KL, the teacher's CE, and over how many positions the last is known
+
+
+class KIMetrics:
+    """What is logged: sums over the steps since the last report. Nothing leaves the device before `drain`.
+
+    Attributes:
+        alpha: α of the last training step.
+    """
+
+    def __init__(self) -> None:
+        self.alpha = 0.0
+        self._sums: Tensor | None = None  # ce, kd, teacher_ce, positions, positions with a teacher_ce
+
+    @torch.no_grad()
+    def add(self, ce: Tensor, kd: Tensor, teacher_ce: Tensor, known: Tensor, positions: int) -> None:
+        """Add a micro-batch: sums over its positions, in nats; `known` says over how many `teacher_ce` is."""
+        sums = torch.stack([ce.detach(), kd.detach(), teacher_ce, known.new_tensor(positions), known]).float()
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all processes since the last call; every process must call it at the same step."""
+        logs = {"ki/alpha": self.alpha}
+        if self._sums is not None:
+            ce, kd, teacher_ce, positions, known = accelerator.reduce(self._sums, "sum").tolist()
+            self._sums = None
+            if positions:
+                logs |= {"ki/ce": ce / positions, "ki/kd": kd / positions}
+            if known:
+                logs["ki/teacher_ce"] = teacher_ce / known
+        return logs
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the two forms of the loss share.
-
-    Attributes:
-        parts: what the teacher says at the positions that count.
-        positions: of the batch.
-        alpha: α.
-        ki: the settings.
-    """
+    """What both forms of the loss need: the teacher's parts, the batch's positions, α and the settings."""
 
     parts: list[Part]
     positions: Positions
@@ -41,14 +66,10 @@ class Step:
 def linear_step(
     step: Step, access: HeadAccess, model: nn.Module, inputs: dict[str, Any], weight: float | Tensor
 ) -> tuple[Tensor, Sums]:
-    """The loss and `KIMetrics`' sums, computed in place of the student's head.
+    """The loss and `KIMetrics`' sums, computed in place of the student's head on a batch without labels.
 
     The computation runs inside the model's forward pass, where FSDP has gathered the head. It returns logits that are 0
-    and have the loss's gradient, so that DDP and FSDP see the graph that they prepare for.
-
-    Args:
-        inputs: the batch without labels.
-        weight: of one position in the loss.
+    and have the loss's gradient, so that DDP and FSDP see the graph that they prepare for. `weight` is of one position.
     """
     labels = step.positions.labels
     losses: list[Tensor] = []
@@ -74,7 +95,7 @@ def linear_step(
         outputs = model(**inputs)
     _refuse_auxiliary_loss(outputs)
     if not losses:
-        raise GrowError("Knowledge Inheritance", "the student did not use its head", "a head that stays the same")
+        raise GrowError(ASKED, "the student did not use its head", "a head that stays the same")
     first = outputs["logits"].reshape(-1)[0]
     ce, kd, teacher, known = torch.stack(sums).sum(0)
     # At 0, a soft-cap has slope 1.
@@ -100,25 +121,15 @@ def held_out_ce(access: HeadAccess, model: nn.Module, inputs: dict[str, Any], po
 
 
 def plain_step(step: Step, ce: Tensor, outputs: Any, weight: float | Tensor) -> tuple[Tensor, Sums]:
-    """The loss and `KIMetrics`' sums from the trainer's own loss and the student's logits.
-
-    Raises:
-        GrowError: there are no logits, or the loss has parts that no weight should touch.
-    """
+    """The loss and `KIMetrics`' sums from the trainer's own loss and the student's logits."""
     if step.ki.gate:
-        raise GrowError(
-            "KIConfig(gate=True)",
-            "the loss of this student is not known position by position",
-            "a model whose loss is the plain cross-entropy and whose head growlib has access to (the log says why not)",
-        )
+        valid = "a model whose loss is the plain cross-entropy, with access to its head (the log says what is missing)"
+        raise GrowError("KIConfig(gate=True)", "the loss of this student is not known position by position", valid)
     logits = logits_of(outputs, step.positions)
     _refuse_auxiliary_loss(outputs)
     if not logits.requires_grad:
-        raise GrowError(
-            "Knowledge Inheritance",
-            "the student's logits carry no gradient: the trainer behind the mixin computes its loss without them",
-            "loss_is_plain = True in the class that mixes them, where that loss is the plain cross-entropy",
-        )
+        wrong = "the student's logits carry no gradient: the trainer behind the mixin computes its loss without them"
+        raise GrowError(ASKED, wrong, "loss_is_plain = True in your class, if that loss is the plain cross-entropy")
     labels = step.positions.labels
     student = at_least_float32(logits[step.positions.flat.to(logits.device)])
     kd = ce.new_zeros((), dtype=student.dtype)
@@ -134,32 +145,19 @@ def plain_step(step: Step, ce: Tensor, outputs: Any, weight: float | Tensor) -> 
 
 
 def logits_of(outputs: Any, positions: Positions) -> Tensor:
-    """The student's logits, [batch · length, V], one row per position.
-
-    Raises:
-        GrowError: there are none, or not so many.
-    """
+    """The student's logits, [B · L, V]; raises GrowError where there is not one row per label."""
     if not isinstance(outputs, dict) or outputs.get("logits") is None:
-        raise GrowError(
-            "Knowledge Inheritance",
-            "the student returned no logits beside its loss",
-            "return_dict=True and a loss that keeps the logits (no fused, chunked or Liger loss)",
-        )
-    logits = outputs["logits"].flatten(0, -2)
-    if len(logits) != positions.mask.numel():
-        raise GrowError(
-            "Knowledge Inheritance",
-            f"the student's logits are at {len(logits)} positions and the labels at {positions.mask.numel()}",
-            "logits aligned with the labels: no virtual tokens in front (prompt tuning), LoRA for instance",
-        )
+        valid = "return_dict=True and a loss that keeps the logits (no fused, chunked or Liger loss)"
+        raise GrowError(ASKED, "the student returned no logits beside its loss", valid)
+    logits, count = outputs["logits"].flatten(0, -2), positions.mask.numel()
+    if len(logits) != count:
+        wrong = f"the student's logits are at {len(logits)} positions and the labels at {count}"
+        raise GrowError(ASKED, wrong, "logits aligned with the labels: no virtual tokens in front (prompt tuning)")
     return logits
 
 
 def _refuse_auxiliary_loss(outputs: Any) -> None:
     for name, value in outputs.items():
         if name.endswith(("aux_loss", "z_loss")) and value is not None:
-            raise GrowError(
-                "Knowledge Inheritance",
-                f"the student adds an auxiliary loss ({name}), which the weight 1 - α would switch off",
-                "output_router_logits=False",
-            )
+            wrong = f"the student adds an auxiliary loss ({name}), which the weight 1 - α would reduce to 0"
+            raise GrowError(ASKED, wrong, "output_router_logits=False")

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 
 from growlib.errors import GrowError
-from growlib.ki.positions import Positions
 from growlib.ki.providers import HeldOut, TeacherProvider
+from growlib.ki.tasks import Positions
 
 logger = logging.getLogger("growlib")
 ASKED = 'KIConfig(stop_at="auto")'
@@ -31,13 +31,10 @@ class StopWhenPassed:
     def check(self, provider: TeacherProvider, trainer: Trainer) -> None:
         """Raise GrowError where a teacher's or the student's held-out loss cannot be known."""
         if provider.held_out is None:
-            raise GrowError(
-                ASKED,
-                "the teacher's held-out loss is not known: it is one of several, or a cache without it",
-                "one online teacher, cache_teacher(..., held_out=...), or a share of training",
-            )
+            wrong = "the teacher's held-out loss is not known: it is one of several, or a cache without it"
+            raise GrowError(ASKED, wrong, "one online teacher, cache_teacher(..., held_out=...), or a number")
         if trainer.eval_dataset is None:
-            valid = "an eval_dataset, with eval_strategy in TrainingArguments; or a share of training"
+            valid = "an eval_dataset, with eval_strategy in TrainingArguments; or a number"
             raise GrowError(ASKED, "the trainer has no held-out text on which to compare", valid)
         if trainer.args.eval_strategy == "no":
             logger.warning("%s: no eval_strategy, and the teacher stays until something else evaluates.", ASKED)
@@ -75,11 +72,7 @@ class StopWhenPassed:
         self._sums += torch.stack([student_ce[known].sum(), of_teacher, known.sum()]).cpu()
 
     def compare(self, trainer: Trainer) -> dict[str, float]:
-        """What the evaluation adds to the log: both mean CE over all processes, and whether the teacher leaves.
-
-        Raises:
-            GrowError: no label counts.
-        """
+        """What the evaluation adds to the log: both mean CE over all processes, and whether the teacher leaves."""
         sums = trainer.accelerator.reduce(self._sums.to(trainer.args.device), "sum")
         student, teacher, positions = sums.tolist()
         if positions == 0:

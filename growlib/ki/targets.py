@@ -70,11 +70,10 @@ class Targets:
         temperature: float = 1.0,
         tile: int = TILE,
     ) -> "Targets":
-        """The K most probable tokens of each position, exactly, and the probability of the rest.
+        """The K most probable tokens of each position, exactly, and the probability of the tail.
 
         Args:
-            source: logits [N, V], or a `Projection`, the hidden states and the head that would give them. Either is
-                read in tiles of N x `tile`.
+            source: logits [N, V], or a `Projection`, which is computed in tiles of N x `tile`.
             tail: how a loss reads the tail: a key of `TREATMENTS` that needs no draws.
 
         Raises:
@@ -99,17 +98,17 @@ class Targets:
         temperature: float = 1.0,
         tile: int = TILE,
     ) -> "Targets":
-        """The K most probable tokens exactly, and M draws with replacement from the rest, each of weight tail / M.
+        """The K most probable tokens exactly, and M draws with replacement from the tail, each of weight tail / M.
 
-        The expectation of the weights is the teacher's distribution, so the KL's value and gradient are
-        unbiased (Sparse Logit Sampling, arXiv 2503.16870, with an exact head). A draw depends on `seed` and
-        its position's key alone, not on the batch.
+        The expectation of the weights is the teacher's distribution, so the KL's value and gradient are unbiased
+        (Sparse Logit Sampling, arXiv 2503.16870, beside an exact top K). A draw depends on `seed` and its position's
+        key alone, not on the batch.
 
         Args:
-            source: as in `top_k`.
+            source, tile: as in `top_k`.
             k: 0 or more exact tokens.
             samples: M, at least 1.
-            keys: [N] int64; None numbers the rows.
+            keys: [N] int64; None: the number of the row.
 
         Raises:
             GrowError: k is not in 0 ... V, samples or `tile` is below 1, τ is not positive, or there is not one key per
@@ -129,24 +128,11 @@ class Targets:
         log_z = top.normaliser
         tail = top.tail - log_z[:, 0]
         weights = (tail - math.log(samples))[:, None].expand(-1, samples)
-        return cls(
-            torch.cat([top.logits - log_z, weights], 1),
-            logits.vocab,
-            torch.cat([top.ids, top.draws], 1),
-            tail,
-            top.entropy,
-            "sampled",
-            temperature,
-            samples,
-        )
+        logprobs, ids = torch.cat([top.logits - log_z, weights], 1), torch.cat([top.ids, top.draws], 1)
+        return cls(logprobs, logits.vocab, ids, tail, top.entropy, "sampled", temperature, samples)
 
     def __len__(self) -> int:
         return self.logprobs.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.logprobs.device
 
     def rows(self, chosen: slice | Tensor) -> "Targets":
         """Some positions."""
@@ -155,21 +141,21 @@ class Targets:
     __getitem__ = rows
 
     def targets(self, temperature: float, device: torch.device) -> "Targets":
-        """The same on another device; raises GrowError where they cannot be had at this τ."""
+        """The same at τ on a device; raises GrowError as `at`."""
         return self.to(device).at(temperature)
 
     @property
     def kl_terms(self) -> KLTerms:
-        """What their KL is made of, as the treatment says; of sparse targets."""
+        """The terms of a KL from sparse targets, by their treatment."""
         return TREATMENTS[self.treatment].terms(self.logprobs, self.tail, self.entropy)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Targets":
-        """On another device, the probabilities in another dtype."""
+        """On another device, and the probabilities in another dtype."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
         return moved if dtype is None else moved._each(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     def detach(self) -> "Targets":
-        """Without a graph."""
+        """Without a graph of autograd."""
         return self._each(torch.Tensor.detach)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
@@ -185,35 +171,30 @@ class Targets:
         """The same K tokens with another treatment of the tail.
 
         Raises:
-            GrowError: `tail` is unknown, or what is here does not allow it.
+            GrowError: `tail` is unknown, or only one of the two treatments needs draws.
         """
         if self.ids is None or tail == self.treatment:
             return self
         check_treatment(tail)
         if TREATMENTS[tail].drawn or TREATMENTS[self.treatment].drawn:
-            raise GrowError(
-                f"reading {self.treatment} targets with tail={tail!r}",
-                "draws are there or not from the start",
-                f"tail={self.treatment!r}, or targets made for {tail!r}",
-            )
+            asked, valid = f"reading {self.treatment} targets with tail={tail!r}", f"targets made for {tail!r}"
+            raise GrowError(asked, "draws are made with the targets, or never", f"tail={self.treatment!r}, or {valid}")
         return replace(self, treatment=tail)
 
     def at(self, temperature: float) -> "Targets":
         """The targets at another τ.
 
         Raises:
-            GrowError: they are sparse: K log-probabilities at one τ do not say what the rest of the vocabulary
-                weighs at another (a top-128 that holds 97 % at τ = 1 may hold 3 % at τ = 4).
+            GrowError: they are sparse: K log-probabilities at one τ do not give the probability of the tail at another
+                (a top-128 that holds 97 % at τ = 1 may hold 3 % at τ = 4).
         """
         check_temperature("targets", temperature)
         if temperature == self.temperature:
             return self
         if self.ids is not None:
-            raise GrowError(
-                f"temperature={temperature} with sparse targets that were taken at {self.temperature}",
-                "their log-probabilities do not say what the tokens that are not listed weigh at another temperature",
-                f"temperature={self.temperature}, targets taken at {temperature}, or dense ones",
-            )
+            asked = f"temperature={temperature} with sparse targets that were taken at {self.temperature}"
+            wrong = "their log-probabilities do not give the probability of unlisted tokens at another temperature"
+            raise GrowError(asked, wrong, f"temperature={self.temperature}, targets at {temperature}, or dense ones")
         scaled = self.logprobs * (self.temperature / temperature)
         return replace(self, logprobs=scaled.log_softmax(-1), temperature=temperature)
 
@@ -226,15 +207,13 @@ class Targets:
         if self.vocab <= vocab:
             return self
         if self.ids is not None:
-            raise GrowError(
-                f"sparse targets over {self.vocab} token ids for a student with {vocab}",
-                "what they say about the student's ids alone is not known",
-                "targets taken over the common ids",
-            )
+            asked = f"sparse targets over {self.vocab} token ids for a student with {vocab}"
+            wrong = "the probability of the student's ids alone is not known"
+            raise GrowError(asked, wrong, "targets over the common ids")
         return replace(self, logprobs=self.logprobs[:, :vocab].log_softmax(-1), vocab=vocab)
 
     def label_logprobs(self, labels: Tensor) -> Tensor:
-        """log P(label), [N], from labels [N]; -inf where the targets do not say."""
+        """log P(label), [N], of labels [N]; -inf where it is not known."""
         if self.ids is None:
             logprobs = self.logprobs.gather(1, labels.clamp(0, self.vocab - 1)[:, None])[:, 0]
             return logprobs.masked_fill((labels < 0) | (labels >= self.vocab), -torch.inf)
@@ -250,11 +229,7 @@ def check_temperature(asked: str, temperature: float) -> None:
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits as they are.
-
-    Attributes:
-        tensor: [N, V].
-    """
+    """Logits as they are, [N, V]: see `Predictions`."""
 
     tensor: Tensor
 
@@ -263,37 +238,27 @@ class Logits:
 
     @property
     def vocab(self) -> int:
-        """V."""
         return self.tensor.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
         return self.tensor.device
 
     def rows(self, chosen: slice | Tensor) -> "Logits":
-        """Some positions."""
         return Logits(self.tensor[chosen])
 
     def tokens(self, start: int, stop: int) -> "Logits":
-        """The token ids from `start` to before `stop`."""
         return Logits(self.tensor[:, start:stop])
 
     def logits(self) -> Tensor:
-        """[N, V]."""
         return self.tensor
 
     def targets(self, temperature: float, device: torch.device) -> Targets:
-        """The whole distribution at τ."""
         return Targets.dense(self.tensor, temperature=temperature).to(device)
 
 
 def as_logits(source: Tensor | LogitSource) -> LogitSource:
-    """Logits [N, V], wrapped where they are a tensor.
-
-    Raises:
-        GrowError: the tensor has another shape.
-    """
+    """A tensor is wrapped; raises GrowError where it is not [N, V]."""
     if not isinstance(source, Tensor):
         return source
     if source.ndim != 2:

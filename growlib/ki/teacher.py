@@ -9,32 +9,22 @@ import torch
 import transformers
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
 from growlib.ki.head_access import HeadAccess, NoHeadAccess, access_head
-from growlib.ki.positions import Positions
 from growlib.ki.projection import Projection
 from growlib.ki.targets import Logits
-from growlib.ki.tasks import decoder_inputs, outcomes, task_of
+from growlib.ki.tasks import Positions, decoder_inputs, outcomes, task_of
 
 logger = logging.getLogger("growlib")
 
-AUTO_CLASS: dict[str, Any] = {
-    "causal": AutoModelForCausalLM,
-    "masked": AutoModelForMaskedLM,
-    "seq2seq": AutoModelForSeq2SeqLM,
-    "image": AutoModelForImageClassification,
+AUTO_CLASS = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image": "AutoModelForImageClassification",
 }
 NOT_FOR_THE_TEACHER = {"labels", "shift_labels", "num_items_in_batch"}
 
@@ -102,61 +92,53 @@ def resolve_teacher(
     config: KIConfig,
     teacher: PreTrainedModel | str | os.PathLike[str],
     student: PreTrainedModel,
-    student_tokenizer: Any,
+    tokenizer: Any,
     device: torch.device,
 ) -> Teacher:
-    """Load a teacher, or take the model that the config holds, and check that it can teach the student.
+    """Load one of `config.teacher`, and check that it can teach the student.
 
     Args:
-        teacher: one of those in `config.teacher`.
-        student_tokenizer: the student's, or None where it is not known.
+        tokenizer: the student's, or None where it is not known.
         device: where the teacher goes; one with a device map of its own stays where it is.
 
     Raises:
-        GrowError: the teacher cannot be loaded from safetensors, is another kind of model, shares
-            parameters with the student, or its token ids do not mean what the student's mean.
+        GrowError: it cannot be loaded from safetensors, is made for another task, shares parameters with the student,
+            or its token ids do not mean what the student's mean.
     """
     task = task_of(student)
-    if isinstance(teacher, PreTrainedModel):
-        model, folder = teacher, teacher.name_or_path or ""
-    else:
-        folder = os.fspath(teacher)
-        model = load_teacher(folder, task, config.teacher_dtype)
+    model = load_teacher(teacher, task, config.teacher_dtype)
+    folder = model.name_or_path or ""
     asked = f"KIConfig(teacher={folder or type(model).__name__!r})"
     if task_of(model) != task:
         raise GrowError(asked, f"a {task_of(model)} model cannot teach a {task} one", f"a {task} model")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise GrowError(
-            asked,
-            "DeepSpeed ZeRO-3 split its parameters when it was made, and no engine joins them again",
-            "its folder or hub id, which is loaded whole in each process; or a cache (growlib.cache_teacher)",
-        )
-    if _share_parameters(model, student):
-        raise GrowError(
-            asked,
-            "it shares parameters with the student, which freezing it would freeze",
-            "a copy of the model",
-        )
+        wrong = "DeepSpeed ZeRO-3 split its parameters when it was made, and no engine joins them again"
+        valid = "its folder or hub id, which is loaded whole in each process; or a cache (growlib.cache_teacher)"
+        raise GrowError(asked, wrong, valid)
+    if not {id(p) for p in model.parameters()}.isdisjoint(id(p) for p in student.parameters()):
+        wrong = "it shares parameters with the student, which would be frozen with it"
+        raise GrowError(asked, wrong, "a copy of the model")
     if task == "image":
         names = [_class_names(model), _class_names(student)]
     else:
-        names = [tokenizer and tokenizer.get_vocab() for tokenizer in (tokenizer_at(folder), student_tokenizer)]
+        names = [known and known.get_vocab() for known in (tokenizer_at(folder), tokenizer)]
     common_vocab = _common_vocab(asked, config, [outcomes(model), outcomes(student)], names)
     if getattr(model, "hf_device_map", None) is None:
         model.to(device=device, dtype=config.teacher_dtype)  # type: ignore[call-arg]
     return Teacher(model, common_vocab)
 
 
-def load_teacher(folder: str, task: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load safetensors weights, never code.
+def load_teacher(teacher: Any, task: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A model, or the safetensors weights of a folder or hub id, never its code; GrowError where they do not load.
 
-    Args:
-        folder: or a hub id.
-        task: None: the class that the config names, or a causal one where it names none.
-
-    Raises:
-        GrowError: they do not load, or not as a model for this task.
+    Without a task, the class is what the config names, or a causal one where it names none.
     """
+    if isinstance(teacher, PreTrainedModel):
+        return teacher
+    if not isinstance(teacher, str | os.PathLike):
+        wrong = f"the teacher is a {type(teacher).__name__}"
+        raise GrowError("loading a teacher", wrong, "a PreTrainedModel, a folder or a hub id")
+    folder = os.fspath(teacher)
     asked = f"the teacher {folder!r}"
     if task is not None and task not in AUTO_CLASS:
         raise GrowError(f"a teacher with task={task!r}", "there is no such task", ", ".join(AUTO_CLASS))
@@ -164,38 +146,22 @@ def load_teacher(folder: str, task: str | None, dtype: torch.dtype | None) -> Pr
     try:
         if task is None:
             named = AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or [""]
-            model_class: Any = getattr(transformers, named[0], AutoModelForCausalLM)
+            model_class: Any = getattr(transformers, named[0], transformers.AutoModelForCausalLM)
         else:
-            model_class = AUTO_CLASS[task]
-        model, report = model_class.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+            model_class = getattr(transformers, AUTO_CLASS[task])
+        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        model, report = model_class.from_pretrained(folder, dtype=dtype or "auto", **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise GrowError(
-            asked,
-            f"it does not load as a {kind} model ({error})",
-            "a folder or hub id with a config.json of a transformers architecture and safetensors weights",
-        ) from error
+        valid = "a folder or hub id with a config.json of a transformers architecture and safetensors weights"
+        raise GrowError(asked, f"it does not load as a {kind} model ({error})", valid) from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
         raise GrowError(asked, f"the checkpoint lacks {missing}", f"the checkpoint of a {kind} model, head included")
     return model
 
 
-def _share_parameters(one: nn.Module, other: nn.Module) -> bool:
-    return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())
-
-
 def tokenizer_at(folder: str) -> Any:
-    """The tokenizer beside the teacher's weights; None where there is none.
-
-    Raises:
-        GrowError: it is broken.
-    """
+    """The tokenizer beside the teacher's weights, or None; raises GrowError where it is broken."""
     if os.path.isdir(folder):
         if not any(os.path.isfile(os.path.join(folder, f"tokenizer{end}")) for end in (".json", "_config.json")):
             return None
@@ -224,32 +190,22 @@ def _common_vocab(asked: str, config: KIConfig, vocabs: list[int], names: list[d
         names: the ids of the teacher's and the student's tokens; None where there is no tokenizer.
     """
     common = min(vocabs) if config.common_vocab is None else config.common_vocab
+    wrong = f"teacher and student have {vocabs[0]} and {vocabs[1]} ids"
     if common > min(vocabs):
-        raise GrowError(
-            f"KIConfig(common_vocab={common})",
-            f"teacher and student have {vocabs[0]} and {vocabs[1]} ids",
-            f"at most {min(vocabs)}",
-        )
+        raise GrowError(f"KIConfig(common_vocab={common})", wrong, f"at most {min(vocabs)}")
     if names[0] and names[1]:
-        mine, others = (
-            {name: i for name, i in table.items() if config.common_vocab is None or i < common}
-            for table in names
-            if table
-        )
-        if mine != others:
-            raise GrowError(
-                asked,
-                "its tokens or classes are not the student's: "
-                f"{len(mine.items() ^ others.items())} (name, id) pairs are in only one of them",
-                "a teacher with the student's, or common_vocab=the number of ids from 0 that agree",
-            )
-        return common if vocabs[0] == vocabs[1] else min(common, max(mine.values()) + 1)
+        tables = [table or {} for table in names]
+        if config.common_vocab is not None:
+            tables = [{name: i for name, i in table.items() if i < common} for table in tables]
+        of_teacher, of_student = tables
+        if of_teacher != of_student:
+            number = len(of_teacher.items() ^ of_student.items())
+            wrong = f"its tokens or classes are not the student's: {number} (name, id) pairs are in only one of them"
+            valid = "a teacher with the student's, or common_vocab=the number of ids from 0 that agree"
+            raise GrowError(asked, wrong, valid)
+        return common if vocabs[0] == vocabs[1] else min(common, max(of_teacher.values()) + 1)
     if vocabs[0] != vocabs[1] and config.common_vocab is None:
-        raise GrowError(
-            asked,
-            f"its vocabulary has {vocabs[0]} ids and the student's {vocabs[1]}, and without both tokenizers "
-            "(the trainer's processing_class, the teacher's folder) nothing proves that only padding differs",
-            "a teacher with the student's vocabulary, both tokenizers, or common_vocab=the number of ids "
-            "from 0 that mean the same",
-        )
+        wrong += ", and without both tokenizers (the trainer's processing_class, the teacher's folder) nothing proves "
+        valid = "a teacher with the student's vocabulary, both tokenizers, or common_vocab=the number of shared ids"
+        raise GrowError(asked, wrong + "that only padding differs", valid)
     return common

@@ -1,29 +1,21 @@
 """Knowledge Inheritance inside the Hugging Face Trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
 from growlib.ki.loss_form import LossForm, find_loss_form, without_labels
-from growlib.ki.metrics import KIMetrics
-from growlib.ki.positions import Positions
 from growlib.ki.providers import DOMAIN, TeacherProvider, WithDomain, load_provider
-from growlib.ki.step import Step, held_out_ce, linear_step, logits_of, plain_step
+from growlib.ki.step import ASKED, KIMetrics, Step, held_out_ce, linear_step, logits_of, plain_step
 from growlib.ki.stop import StopWhenPassed
-from growlib.ki.tasks import task_of
-from growlib.ki.trainer_setup import (
-    EpochOfData,
-    bare_student,
-    loss_scale,
-    outside_zero3,
-    refuse_split_students,
-    tokenizer_of,
-)
+from growlib.ki.tasks import Positions, task_of
 
 if TYPE_CHECKING:  # a mixin's super() calls are typed by the class that it is mixed into
     _Base = Trainer
@@ -66,12 +58,12 @@ class KIMixin(_Base):
         self._ki_loss_form: LossForm | None = None
         self._ki_stop = StopWhenPassed()
         if ki is not None:
-            refuse_split_students(self)
-            self._ki_task = task_of(bare_student(self))
+            _refuse_split_students(self)
+            self._ki_task = task_of(_bare_student(self))
             self._ki_provider = self._ki_load_provider(ki)
             if ki.stop_at == "auto":
                 self._ki_stop.check(self._ki_provider, self)
-            self.add_callback(EpochOfData(self))
+            self.add_callback(_EpochOfData(self))
             if ki.domain is not None:
                 assert isinstance(ki.teacher, Mapping)
                 self.data_collator = WithDomain(self.data_collator, ki.domain, tuple(ki.teacher))
@@ -83,11 +75,7 @@ class KIMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Mix the teacher into the trainer's loss; arguments, return, scale as in `Trainer.compute_loss`.
-
-        Raises:
-            GrowError: the outputs lack logits, or the model's loss has a part that is no cross-entropy.
-        """
+        """Mix the teacher into the trainer's loss; arguments, return, scale as in `Trainer.compute_loss`."""
         batch, inputs = inputs, _without_domain(inputs)
         if self.ki is None or not model.training:
             if self._ki_stop.measures:
@@ -109,9 +97,9 @@ class KIMixin(_Base):
         divides = num_items_in_batch is not None and form.divides
         denominator: Any = num_items_in_batch if divides else max(positions.count, 1)
         # Of one position; of none, a micro-batch may be the whole denominator, which is then 0.
-        weight = loss_scale(self, num_items_in_batch) / denominator if positions.count else 0.0
+        weight = _loss_scale(self, num_items_in_batch) / denominator if positions.count else 0.0
         if form.access is not None and not return_outputs:
-            unlabelled = without_labels(inputs, bare_student(self), self._ki_task)
+            unlabelled = without_labels(inputs, _bare_student(self), self._ki_task)
             loss, sums = linear_step(step, form.access, model, unlabelled, weight)
         else:
             ce, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -154,16 +142,14 @@ class KIMixin(_Base):
     def _ki_form(self, model: nn.Module, inputs: dict[str, Any]) -> LossForm:
         """How the loss of the trainer behind the mixin is computed, found on the first batch."""
         if self._ki_loss_form is None:
-            behind, student = super().compute_loss, bare_student(self)
-            self._ki_loss_form = find_loss_form(
-                model,
-                student,
-                inputs,
-                self._ki_task,
-                lambda bare, batch, items: behind(bare, batch, False, items),
-                loss_scale(self, 1),
-                self._ki_needs_logits(),
-            )
+            behind: Any = super().compute_loss
+            scale = _loss_scale(self, 1)
+
+            def loss_behind(bare: nn.Module, batch: dict[str, Any], items: Tensor) -> Any:
+                return behind(bare, batch, False, items) / scale
+
+            student, needs_logits = _bare_student(self), self._ki_needs_logits()
+            self._ki_loss_form = find_loss_form(model, student, inputs, self._ki_task, loss_behind, needs_logits)
         return self._ki_loss_form
 
     def _ki_needs_logits(self) -> str | None:
@@ -178,15 +164,15 @@ class KIMixin(_Base):
         return None if self.compute_loss_func is None else "the trainer was given a compute_loss_func"
 
     def _ki_load_provider(self, ki: KIConfig) -> TeacherProvider:
-        with outside_zero3(self):
-            return load_provider(ki, bare_student(self), tokenizer_of(self), self._ki_task, self.args.device)
+        with _outside_zero3(self):
+            return load_provider(ki, _bare_student(self), _tokenizer_of(self), self.args.device)
 
     def _ki_measure(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Add a held-out batch to the comparison of student and teacher."""
         form = self._ki_form(model, inputs)
         positions = Positions.of(inputs, self._ki_task, form.shifts)
         if form.access is not None:
-            unlabelled = without_labels(inputs, bare_student(self), self._ki_task)
+            unlabelled = without_labels(inputs, _bare_student(self), self._ki_task)
             ce = held_out_ce(form.access, model, unlabelled, positions)
         else:
             _, outputs = super().compute_loss(model, dict(inputs), True)
@@ -210,3 +196,67 @@ def _without_domain(inputs: dict[str, Any]) -> dict[str, Any]:
 
 class KITrainer(KIMixin, Trainer):
     """The Hugging Face `Trainer` with a teacher: `KITrainer(model=..., args=..., ki=KIConfig(...), ...)`."""
+
+
+def _bare_student(trainer: Trainer) -> PreTrainedModel:
+    """The student without the wrappers of accelerate and PEFT."""
+    student: Any = trainer.accelerator.unwrap_model(trainer.model)
+    return student.get_base_model() if hasattr(student, "get_base_model") else student
+
+
+def _tokenizer_of(trainer: Trainer) -> PreTrainedTokenizerBase | None:
+    """The student's tokenizer, where the trainer has one, also inside a multimodal processor."""
+    given: Any = trainer.processing_class
+    return given if isinstance(given, PreTrainedTokenizerBase) else getattr(given, "tokenizer", None)
+
+
+def _loss_scale(trainer: Trainer, num_items_in_batch: Any) -> int:
+    """The factor by which `Trainer.compute_loss` undoes the gradient mean over processes."""
+    undone = (
+        trainer.args.average_tokens_across_devices
+        and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
+        and num_items_in_batch is not None
+    )
+    return trainer.accelerator.num_processes if undone else 1
+
+
+def _refuse_split_students(trainer: Trainer) -> None:
+    """Raise GrowError where the run splits the student in a way that the teacher's loss does not follow."""
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    splits = {
+        "nn.DataParallel over several GPUs in one process": trainer.args.n_gpu > 1,
+        "tensor, context or sequence parallelism": (
+            (parallelism is not None and parallelism.non_data_parallel_size > 1)
+            or (getattr(trainer.model, "tp_size", None) or 1) > 1
+        ),
+    }
+    for split, present in splits.items():
+        if present:
+            valid = "one process per GPU (torchrun) with data parallelism"
+            raise GrowError(f"{ASKED} with {split}", "the teacher and its loss do not follow this split", valid)
+
+
+@contextmanager
+def _outside_zero3(trainer: Trainer) -> Iterator[None]:
+    """While this lasts, models are loaded whole: ZeRO-3 would split a teacher, and no engine would join it again."""
+    deepspeed = getattr(trainer.args, "hf_deepspeed_config", None)
+    if deepspeed is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(deepspeed)
+
+
+class _EpochOfData(TrainerCallback):
+    """Tells the training data its epoch, which accelerate does not where it wraps the batch sampler."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        data: Any = self.trainer.train_dataset
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(int(state.epoch or 0))

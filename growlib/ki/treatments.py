@@ -1,6 +1,6 @@
 """How a loss reads the tail of sparse targets: the tokens that they do not list.
 
-A new treatment is a function and its row in `TREATMENTS`.
+A new treatment is one row in `TREATMENTS`.
 
 Shapes: N positions, K listed tokens.
 """
@@ -35,8 +35,8 @@ class Treatment:
     Attributes:
         meaning: in words.
         terms: (logprobs [N, K], tail [N], entropy [N]) of `Targets` -> `KLTerms`.
-        needs: which fields of `Targets` it reads beside the log-probabilities.
-        drawn: whether draws stand for the tail; they are made with the targets and cannot be added or left out later.
+        needs: which of tail and entropy it reads.
+        drawn: draws stand for the tail. They are made with the targets, and cannot be added or left out later.
     """
 
     meaning: str
@@ -45,32 +45,32 @@ class Treatment:
     drawn: bool = False
 
 
-def bucket(logprobs: Tensor, tail: Tensor, _: Any) -> KLTerms:
-    constant = product(logprobs.exp(), logprobs).sum(1) + product(tail.exp(), tail)
-    return KLTerms(logprobs, tail, constant)
+def product(weight: Tensor, log: Tensor) -> Tensor:
+    """weight · log, 0 where the weight is 0 and the log infinite."""
+    return weight * log.masked_fill(weight == 0, 0.0)
 
 
-def sampled(logprobs: Tensor, _: Any, entropy: Tensor) -> KLTerms:
-    return KLTerms(logprobs, None, -entropy)
-
-
-def renorm_teacher(logprobs: Tensor, *_: Any) -> KLTerms:
-    return none(logprobs.log_softmax(-1))
-
-
-def none(logprobs: Tensor, *_: Any) -> KLTerms:
-    return KLTerms(logprobs, None, product(logprobs.exp(), logprobs).sum(1))
+def _listed(log_w: Tensor) -> KLTerms:
+    return KLTerms(log_w, None, product(log_w.exp(), log_w).sum(1))
 
 
 TREATMENTS: dict[str, Treatment] = {
     "bucket": Treatment(
-        "the tail is one more token on both sides: a KL of K+1 outcomes, never negative", bucket, ("tail",)
+        "the tail is one more token on both sides: a KL of K+1 outcomes, never negative",
+        lambda log_p, tail, _: KLTerms(log_p, tail, _listed(log_p).constant + product(tail.exp(), tail)),
+        needs=("tail",),
     ),
-    "sampled": Treatment("draws stand for the tail: unbiased, value and gradient", sampled, ("entropy",), drawn=True),
+    "sampled": Treatment(
+        "draws stand for the tail: unbiased, value and gradient",
+        lambda log_p, _, entropy: KLTerms(log_p, None, -entropy),
+        needs=("entropy",),
+        drawn=True,
+    ),
     "renorm_teacher": Treatment(
-        "the teacher's K probabilities are scaled to sum to 1, the student keeps its full softmax", renorm_teacher
+        "the teacher's K probabilities are scaled to sum to 1, the student keeps its full softmax",
+        lambda log_p, *_: _listed(log_p.log_softmax(-1)),
     ),
-    "none": Treatment("the K terms alone: no KL, it can be negative", none),
+    "none": Treatment("the K terms alone: no KL, it can be negative", lambda log_p, *_: _listed(log_p)),
 }
 WITHOUT_DRAWS = tuple(name for name, treatment in TREATMENTS.items() if not treatment.drawn)
 
@@ -79,8 +79,3 @@ def check_treatment(tail: str, valid: tuple[str, ...] = tuple(TREATMENTS)) -> No
     """Raise GrowError where there is no such treatment."""
     if tail not in valid:
         raise GrowError(f"the tail treatment {tail!r}", "there is no such treatment here", ", ".join(valid))
-
-
-def product(weight: Tensor, log: Tensor) -> Tensor:
-    """weight · log, 0 where the weight is 0 and the log infinite."""
-    return weight * log.masked_fill(weight == 0, 0.0)

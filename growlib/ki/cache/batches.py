@@ -1,16 +1,13 @@
 """A dataset's examples through a collator: batches and digests."""
 
-import math
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from growlib.errors import GrowError
-from growlib.ki.cache.data import Examples, batched
+from growlib.ki.cache.data import Examples, batched, spread
 from growlib.ki.cache.examples import Example, examples_of
-from growlib.ki.cache.hashes import digests_hash, spread
-from growlib.ki.positions import Positions
-from growlib.ki.tasks import Task, outcomes
-from growlib.ki.teacher import Teacher
+from growlib.ki.tasks import Positions, Task
 
 TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids"}
 LABELS = {"labels", "label", "label_ids", "shift_labels"}
@@ -27,7 +24,7 @@ class Batch(NamedTuple):
 
     @property
     def examples(self) -> list[Example]:
-        """Those that are found in it."""
+        """Which they are."""
         return examples_of(self.inputs, self.task, self.positions)
 
 
@@ -36,26 +33,14 @@ class Batches:
 
     Args:
         names: the columns that are kept, beside labels.
-        id_counts: how many ids the teacher has, for "input_ids" and "labels"; None: they are not checked.
+        ids: how many ids the teacher has, for "input_ids" and "labels"; None: they are not checked.
     """
 
     def __init__(
-        self,
-        collator: Collator,
-        size: int,
-        task: Task,
-        names: Iterable[str] = TEXT,
-        id_counts: Mapping[str, float] | None = None,
+        self, collator: Collator, size: int, task: Task, names: Iterable[str] = TEXT, ids: Mapping[str, float] = {}
     ) -> None:
-        self.collator, self.size, self.task, self.id_counts = collator, size, task, id_counts or {}
+        self.collator, self.size, self.task, self.id_counts = collator, size, task, ids
         self.columns = {*names, *LABELS, *OF_TRL}
-
-    @classmethod
-    def of(cls, teacher: Teacher, collator: Collator, size: int) -> "Batches":
-        """Those that a teacher reads."""
-        embedding = None if teacher.task == "image" else teacher.model.get_input_embeddings()
-        inputs, labels = getattr(embedding, "num_embeddings", math.inf), outcomes(teacher.model)
-        return cls(collator, size, teacher.task, teacher.names, {"input_ids": inputs, "labels": labels})
 
     def batch(self, examples: Sequence[Any]) -> Batch:
         """Collated, without the columns that the Trainer drops; raises GrowError where the teacher cannot read them."""
@@ -68,13 +53,11 @@ class Batches:
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             wrong = f"the data_collator makes no batch of {len(kept)} examples ({error!r})"
             raise GrowError("cache_teacher", wrong, "one that does, and pads where lengths differ") from error
-        labels = inputs.get("shift_labels", inputs.get("labels"))
-        if labels is None:
-            raise GrowError("cache_teacher", "the batches have no labels", "a dataset or data_collator that gives them")
-        if self.task != "seq2seq" and "input_ids" in inputs and labels.shape != inputs["input_ids"].shape:
-            wrong = f"labels of shape {tuple(labels.shape)} for input_ids of {tuple(inputs['input_ids'].shape)}"
-            raise GrowError("cache_teacher", wrong, "one label for each token, -100 where it does not count")
         positions = Positions.of(inputs, self.task)
+        labels, tokens = positions.aligned, inputs.get("input_ids", positions.aligned)
+        if self.task != "seq2seq" and labels.shape != tokens.shape:
+            wrong = f"labels of shape {tuple(labels.shape)} for input_ids of {tuple(tokens.shape)}"
+            raise GrowError("cache_teacher", wrong, "one label for each token, -100 where it does not count")
         for name, count in self.id_counts.items():
             ids = positions.labels if name == "labels" else inputs.get(name)
             if ids is not None and ids.numel() and not (ids.min() >= 0 and ids.max() < count):
@@ -87,18 +70,12 @@ class Batches:
         return b"".join(example.digest for example in self.batch(examples).examples)
 
     def dataset_hash(self, examples: Examples) -> str:
-        """Of up to 256 examples, evenly spread.
-
-        Raises:
-            GrowError: the first of them are others when they are read again.
-        """
+        """Of up to 256 examples, evenly spread; raises GrowError where the first of them change when read again."""
         numbers = spread(len(examples))
         digests = [self.digest(example) for example in examples.at(numbers)]
         again = [self.digest(*chosen) for chosen in batched(examples.at(numbers[:8]), self.size)]
         if b"".join(again) != b"".join(digests[:8]):
-            raise GrowError(
-                "cache_teacher",
-                f"the {examples.name}'s examples are others each time, so that training would not find them",
-                "one without random changes in dataset and data_collator; for masks growlib.ki.MaskedExamples",
-            )
-        return digests_hash(digests)
+            wrong = f"the {examples.name} has other examples when it is read again, which training would not find"
+            valid = "no random changes in dataset and data_collator; for masks growlib.ki.MaskedExamples"
+            raise GrowError("cache_teacher", wrong, valid)
+        return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()

@@ -1,5 +1,6 @@
 """Run a teacher over a dataset once, and keep its targets."""
 
+import dataclasses
 import operator
 import os
 from itertools import chain, islice
@@ -14,13 +15,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from growlib.errors import GrowError
-from growlib.ki.cache.batches import Batches, Collator
+from growlib.ki.cache import shards
+from growlib.ki.cache.batches import Collator
 from growlib.ki.cache.data import Examples
-from growlib.ki.cache.hashes import tokenizer_hash, weights_hash
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.cache.recorder import Recorder
 from growlib.ki.cache.records import RecordFormat
-from growlib.ki.cache.shards import FORMAT, Header, not_written, read_header, shard_path, write_header, write_shard
 from growlib.ki.tasks import outcomes
 from growlib.ki.teacher import Teacher, load_teacher, tokenizer_at
 
@@ -46,8 +46,8 @@ def cache_teacher(
     """Write a teacher's targets for every example of a dataset, for `KIConfig(teacher=path)`.
 
     An interrupted call continues where it stopped, with any number of processes (`accelerate launch`); the result has
-    the same bytes. With the defaults a position takes 104 bytes (92 where the vocabulary has
-    at most 2^16 ids); `top_k=4, samples=6` takes 38.
+    the same bytes. With the defaults a position takes 104 bytes (92 with at most 2^16 token ids), with `top_k=4,
+    samples=6` 38.
 
     Args:
         teacher: as in `KIConfig`.
@@ -83,29 +83,19 @@ def cache_teacher(
     model = placed(teacher, task, dtype)
     if tokenizer is None:
         tokenizer = tokenizer_at(model.name_or_path or "")
-    size = outcomes(model)
-    record_format = RecordFormat(
-        size if vocab is None else _whole("vocab", vocab, 1, size),
-        _whole("top_k", top_k, 0),
-        _whole("samples", samples, 0),
-        float(temperature),
-    )
-    reader = Teacher(model, record_format.vocab)
-    batches = Batches.of(reader, data_collator, batch_size)
-    recorder = Recorder(reader, batches, record_format, seed)
-    header = Header(
-        format=FORMAT,
+    vocab = outcomes(model) if vocab is None else _whole("vocab", vocab, 1, outcomes(model))
+    record_format = RecordFormat(vocab, _whole("top_k", top_k, 0), _whole("samples", samples, 0), float(temperature))
+    recorder = Recorder(Teacher(model, vocab), data_collator, batch_size, record_format, seed)
+    header = shards.Header(
+        format=shards.FORMAT,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        teacher=weights_hash(model),
-        tokenizer=None if tokenizer is None else tokenizer_hash(tokenizer),
-        task=reader.task,
-        vocab=record_format.vocab,
-        top_k=record_format.top_k,
-        samples=record_format.samples,
-        temperature=record_format.temperature,
+        teacher=shards.weights_hash(model),
+        tokenizer=None if tokenizer is None else shards.tokenizer_hash(tokenizer),
+        task=recorder.batches.task,
+        **dataclasses.asdict(record_format),
         seed=seed,
         examples=len(examples),
-        dataset=batches.dataset_hash(examples),
+        dataset=recorder.batches.dataset_hash(examples),
         shard_examples=shard_examples,
         batch_size=batch_size,
         held_out_ce=None if held_out is None else recorder.mean_ce(held_out),
@@ -130,41 +120,34 @@ def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     return number
 
 
-def placed(
-    teacher: PreTrainedModel | str | os.PathLike[str], task: str | None, dtype: torch.dtype | None
-) -> PreTrainedModel:
-    """A teacher on this process's device, unless it has a device map of its own; loaded where it is a path."""
-    if not isinstance(teacher, PreTrainedModel | str | os.PathLike):
-        wrong = f"the teacher is a {type(teacher).__name__}"
-        raise GrowError("cache_teacher", wrong, "a PreTrainedModel, a folder or a hub id")
-    model: Any = teacher if isinstance(teacher, PreTrainedModel) else load_teacher(os.fspath(teacher), task, dtype)
+def placed(teacher: Any, task: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A teacher on this process's device, unless it has a device map of its own."""
+    model: Any = load_teacher(teacher, task, dtype)
     if getattr(model, "hf_device_map", None) is None:
         model.to(device=PartialState().device, dtype=dtype)
     return model
 
 
-def _fill(folder: Path, header: Header, recorder: Recorder, dataset: Examples, state: PartialState) -> None:
+def _fill(folder: Path, header: shards.Header, recorder: Recorder, dataset: Examples, state: PartialState) -> None:
     """Write the shards that are missing, shared out among the processes."""
-    missing = [number for number in range(header.shards) if not shard_path(folder, number).exists()]
+    missing = [number for number in range(header.shards) if not shards.shard_path(folder, number).exists()]
     missing = broadcast_object_list([missing])[0]
-    mine = {}
-    for number in missing[state.process_index :: state.num_processes]:
-        first = number * header.shard_examples
-        mine[number] = range(first, min(first + header.shard_examples, len(dataset)))
+    size, every = header.shard_examples, range(len(dataset))
+    mine = {n: every[n * size : (n + 1) * size] for n in missing[state.process_index :: state.num_processes]}
     examples = dataset.at(chain.from_iterable(mine.values()))
-    shards = tqdm(mine.items(), desc="teacher", unit="shard", disable=not state.is_main_process, mininterval=1.0)
-    for number, numbers in shards:
+    bar = tqdm(mine.items(), desc="teacher", unit="shard", disable=not state.is_main_process, mininterval=1.0)
+    for number, numbers in bar:
         stored = recorder.stored(islice(examples, len(numbers)), numbers.start)
-        write_shard(shard_path(folder, number), header.key, stored)
+        shards.write_shard(shards.shard_path(folder, number), header.key, stored)
     state.wait_for_everyone()
 
 
-def _begin(folder: Path, header: Header) -> GrowError | None:
+def _begin(folder: Path, header: shards.Header) -> GrowError | None:
     """Write the header, or read the one of an interrupted call. Returns an error where this call cannot continue it."""
     asked, valid = f"caching a teacher in {str(folder)!r}", "a new folder, or that of an interrupted call"
     try:
         abandoned = [*folder.glob(".header.json-*"), *folder.glob(".shard-*")]
-        begun = read_header(folder) if is_cache(folder) else None
+        begun = shards.read_header(folder) if is_cache(folder) else None
         difference = begun and begun.difference(header)
         if difference and any(folder.glob("shard-*")):
             return GrowError(asked, f"another cache was begun there; this call has {difference}", valid)
@@ -174,9 +157,9 @@ def _begin(folder: Path, header: Header) -> GrowError | None:
         for path in abandoned:
             path.unlink(missing_ok=True)
         if begun is None or difference:
-            write_header(folder, header)
+            shards.write_header(folder, header)
     except GrowError as error:
         return error
     except OSError as error:
-        return not_written(folder, error)
+        return shards.not_written(folder, error)
     return None

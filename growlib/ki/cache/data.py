@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from growlib.errors import GrowError
-from growlib.ki.positions import IGNORE_INDEX
+from growlib.ki.tasks import IGNORE_INDEX
 
 PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0, "token_type_ids": 0, "position_ids": 0}
 
@@ -22,11 +22,7 @@ PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0, "token_t
 class Examples:
     """The examples of a dataset by their numbers, also of one that can only be read in order.
 
-    Args:
-        name: what the dataset is called in an error.
-
-    Raises:
-        GrowError: there are none, or they can be read only once.
+    `name` stands for the dataset in errors. Raises GrowError where there are none, or they can be read only once.
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
@@ -36,11 +32,9 @@ class Examples:
             raise GrowError("cache_teacher", wrong, "the examples themselves, such as one split of it")
         streams = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
         if not hasattr(dataset, "__iter__" if streams else "__len__") or (streams and iter(dataset) is dataset):
-            raise GrowError(
-                "cache_teacher",
-                f"the {name} is a {type(dataset).__name__}, which cannot be read twice",
-                "a dataset with a length and an index, or an iterable one that starts again each time",
-            )
+            wrong = f"the {name} is a {type(dataset).__name__}, which cannot be read twice"
+            valid = "a dataset with a length and an index, or an iterable one that starts again each time"
+            raise GrowError("cache_teacher", wrong, valid)
         self.count = sum(1 for _ in dataset) if streams else len(dataset)
         self.in_order = streams
         if self.count == 0:
@@ -50,11 +44,7 @@ class Examples:
         return self.count
 
     def at(self, numbers: Iterable[int]) -> Iterator[Any]:
-        """Those of rising numbers.
-
-        Raises:
-            GrowError: the dataset ends before the last of them.
-        """
+        """Those of rising numbers; raises GrowError where the dataset ends before the last of them."""
         if not self.in_order:
             yield from (self.dataset[number] for number in numbers)
             return
@@ -76,6 +66,11 @@ def batched(examples: Iterable[Any], size: int) -> Iterator[list[Any]]:
     rest = iter(examples)
     while batch := list(islice(rest, size)):
         yield batch
+
+
+def spread(count: int, at_most: int = 256) -> list[int]:
+    """Up to `at_most` of `count` numbers from 0, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(int)).tolist() if count else []
 
 
 class Blocks(Dataset):
@@ -105,16 +100,13 @@ def padded(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
 def read_examples(
     path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None, length: int = 512
 ) -> Any:
-    """A dataset of a file or folder, the same each time.
+    """A dataset of a file or folder, the same each time; raises GrowError where there is none.
 
     Args:
         path: a .npy array of token ids [E, L]; a .jsonl file, an example per line, whose `labels` are its `input_ids`
             where it has none; a file or folder of UTF-8 text, whose files are encoded in the order of their names,
             joined with the end-of-text token and cut into blocks of `length`.
         tokenizer: for text.
-
-    Raises:
-        GrowError: it is none of these, or holds nothing.
     """
     path = Path(path)
     asked = f"reading examples from {str(path)!r}"

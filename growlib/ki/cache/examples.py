@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from growlib.errors import GrowError
-from growlib.ki.positions import IGNORE_INDEX, Positions
-from growlib.ki.tasks import Task
+from growlib.ki.tasks import IGNORE_INDEX, Positions, Task
 
 DIGEST_BYTES = 16
 
@@ -40,10 +39,7 @@ def examples_of(batch: dict[str, Any], task: Task, positions: Positions) -> list
     """The examples of a batch, in the order of their positions that count.
 
     A row is an example without its padding (`attention_mask` 0), or several that are packed, each of which begins
-    where `position_ids` is 0.
-
-    Raises:
-        GrowError: there are no token ids, or labels that count on padding.
+    where `position_ids` is 0. Raises GrowError where there are no token ids, or labels that count on padding.
     """
     if "input_ids" not in batch:
         raise GrowError("a cache of the teacher", "the batch holds no input_ids", "text as token ids, with labels")

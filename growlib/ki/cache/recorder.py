@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from growlib.errors import GrowError
-from growlib.ki.cache.batches import Batch, Batches
+from growlib.ki.cache.batches import Batch, Batches, Collator
 from growlib.ki.cache.data import Examples, batched
 from growlib.ki.cache.examples import Example, draw_keys
 from growlib.ki.cache.records import RecordFormat
 from growlib.ki.cache.shards import StoredExample
 from growlib.ki.linear import chunk_size
-from growlib.ki.positions import Positions
 from growlib.ki.targets import Targets
+from growlib.ki.tasks import Positions, outcomes
 from growlib.ki.teacher import Teacher
 
 COMPARED = 16  # positions of a packed example
@@ -28,8 +28,13 @@ COMPARED = 16  # positions of a packed example
 class Recorder:
     """A teacher, and the batches that it reads."""
 
-    def __init__(self, teacher: Teacher, batches: Batches, record_format: RecordFormat, seed: int) -> None:
-        self.teacher, self.batches, self.format, self.seed = teacher, batches, record_format, seed
+    def __init__(
+        self, teacher: Teacher, collator: Collator, batch_size: int, record_format: RecordFormat, seed: int
+    ) -> None:
+        self.teacher, self.format, self.seed = teacher, record_format, seed
+        embedding = None if teacher.task == "image" else teacher.model.get_input_embeddings()
+        ids = {"input_ids": getattr(embedding, "num_embeddings", math.inf), "labels": outcomes(teacher.model)}
+        self.batches = Batches(collator, batch_size, teacher.task, teacher.names, ids)
         self.packing_is_proven = False
 
     def chunks(self, batch: Batch) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -53,12 +58,11 @@ class Recorder:
                 number = first + int(positions.mask.nonzero()[int(np.isnan(ce).argmax()), 0])
                 raise _no_numbers(f"example {number}")
             known = (positions.labels < self.format.vocab).cpu().numpy()
-            ends = np.cumsum([0, *(example.counted for example in parts)])
-            for example, low, high in zip(parts, ends, ends[1:], strict=False):
-                part = slice(low, high)
-                stored.append(
-                    StoredExample(example.digest, float(ce[part].sum()), int(known[part].sum()), records[part])
-                )
+            start = 0
+            for example in parts:
+                part = slice(start, start := start + example.counted)
+                of_part = float(ce[part].sum()), int(known[part].sum()), records[part]
+                stored.append(StoredExample(example.digest, *of_part))
             first += len(chosen)
         return stored
 
@@ -99,10 +103,8 @@ class Recorder:
         example, before = examples[behind[0]], sum(other.counted for other in examples[: behind[0]])
         ids, places = batch.inputs["input_ids"], batch.inputs["position_ids"]
         row, columns = example.row, torch.from_numpy(example.columns)
-        alone = {
-            "input_ids": ids[row, columns][None],
-            "position_ids": places[min(row, len(places) - 1), columns][None],
-        }
+        of_row = places[min(row, len(places) - 1)]
+        alone = {"input_ids": ids[row, columns][None], "position_ids": of_row[columns][None]}
         positions = Positions.at(batch.positions.aligned[row, columns][None])
         count = min(example.counted, COMPARED)
         together = self.teacher.predict(batch.inputs, batch.positions).rows(slice(before, before + count))
@@ -110,12 +112,9 @@ class Recorder:
         single = self.teacher.predict(alone, positions).rows(slice(count)).logits().float()
         tolerance = 1e-2 if self.teacher.model.dtype in (torch.float32, torch.float64) else 5e-2
         if (packed - single).abs().max() > tolerance * single.abs().max():
-            raise GrowError(
-                "cache_teacher",
-                "a row packs several examples, and for this teacher each depends on those before it",
-                "packed rows without attention_mask (DataCollatorWithFlattening's), where the teacher separates them "
-                "by their position_ids; or one example per row",
-            )
+            wrong = "a row packs several examples, and for this teacher each depends on those before it"
+            valid = "packed rows without attention_mask, of a teacher that keeps examples apart by their position_ids"
+            raise GrowError("cache_teacher", wrong, valid + "; or one example per row")
         self.packing_is_proven = True
 
 

@@ -105,16 +105,8 @@ class RecordFormat:
                 ids[:, self.top_k :] |= raw[2].astype(np.int64) << 16
             logprobs[:, self.top_k :] = tail[:, None] - np.float32(math.log(self.samples))
             entropy = torch.from_numpy(raw[4].view("<f2")[:, 0].astype(np.float32))
-        return Targets(
-            torch.from_numpy(logprobs),
-            self.vocab,
-            torch.from_numpy(ids),
-            torch.from_numpy(tail),
-            entropy,
-            "sampled" if self.samples else "bucket",
-            self.temperature,
-            self.samples,
-        )
+        kept = (torch.from_numpy(logprobs), self.vocab, torch.from_numpy(ids), torch.from_numpy(tail), entropy)
+        return Targets(*kept, "sampled" if self.samples else "bucket", self.temperature, self.samples)
 
 
 def _half(values: torch.Tensor) -> np.ndarray:

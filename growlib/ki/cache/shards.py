@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from growlib.errors import GrowError
 from growlib.ki.cache.examples import DIGEST_BYTES
@@ -30,12 +33,12 @@ from growlib.ki.tasks import Task
 
 FORMAT = 3
 HEADER = "header.json"
-INDEX = ("digests", "starts", "checksums", "teacher_ce", "known")
+INDEX = {"digests": "u1", "starts": "i8", "checksums": "u4", "teacher_ce": "f4", "known": "i4"}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What decides a cache's bytes.
+    """Everything that a cache's bytes depend on.
 
     Attributes:
         format: of the files.
@@ -104,20 +107,13 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def not_written(folder: Path, error: Exception) -> GrowError:
     """What to raise where the disk refuses."""
-    return GrowError(
-        f"caching a teacher in {str(folder)!r}",
-        f"a file cannot be written ({error})",
-        "a folder with room, which no other call writes to; finished shards are kept, and the same call continues",
-    )
+    valid = "a folder with room, which no other call writes to; finished shards are kept, and the same call continues"
+    return GrowError(f"caching a teacher in {str(folder)!r}", f"a file cannot be written ({error})", valid)
 
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    """A path for a file's content, which is renamed when it is whole: no part of it is seen, even after a power cut.
-
-    Raises:
-        GrowError: it cannot be written, or another process removed it and left no finished file.
-    """
+    """A path for a file's content, which is renamed when it is whole: no part of it is seen, even after a power cut."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         yield temporary
@@ -139,11 +135,7 @@ def write_header(folder: Path, header: Header) -> None:
 
 
 def read_header(folder: Path) -> Header:
-    """Read header.json.
-
-    Raises:
-        GrowError: it is not there, damaged, or of another format.
-    """
+    """Read header.json; raises GrowError where it is not there, damaged, or of another format."""
     asked = f"reading the teacher's cache {str(folder)!r}"
     valid = "a folder that growlib.cache_teacher wrote"
     try:
@@ -196,11 +188,7 @@ def _checksum(index: dict[str, np.ndarray]) -> str:
 
 
 class Shard:
-    """A shard, mapped.
-
-    Raises:
-        GrowError: the file is missing, damaged, or of another cache or place.
-    """
+    """A shard, memory-mapped; raises GrowError where it is missing, damaged, or of another cache or place."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
@@ -220,30 +208,34 @@ class Shard:
         if (key, name) != (header.key, path.stem):
             raise GrowError(asked, f"{path.name} is of another cache, or another of its shards", valid)
         examples, positions = len(arrays["digests"]), len(arrays["records"])
-        shapes = {
-            "digests": ("u1", (examples, DIGEST_BYTES)),
-            "starts": ("i8", (examples + 1,)),
-            "checksums": ("u4", (examples,)),
-            "teacher_ce": ("f4", (examples,)),
-            "known": ("i4", (examples,)),
-            "records": ("u1", (positions, header.record_format.bytes_per_position)),
-        }
-        if {name: (x.dtype, x.shape) for name, x in arrays.items()} != shapes or checksum != _checksum(arrays):
+        shapes = dict.fromkeys(INDEX, (examples,)) | {"digests": (examples, DIGEST_BYTES), "starts": (examples + 1,)}
+        expected = {name: (INDEX[name], shape) for name, shape in shapes.items()}
+        expected["records"] = ("u1", (positions, header.record_format.bytes_per_position))
+        if {name: (x.dtype, x.shape) for name, x in arrays.items()} != expected or checksum != _checksum(arrays):
             raise GrowError(asked, f"{path.name} is damaged: its index does not match its checksum", valid)
         self.digests, self.starts, self.checksums, self.teacher_ce, self.known = (arrays[name] for name in INDEX)
         self.records = arrays["records"]
 
     def example(self, number: int) -> np.ndarray:
-        """The records of an example, [n, R].
-
-        Raises:
-            GrowError: they are not what was written.
-        """
+        """The records of an example, [n, R]; raises GrowError where they are not what was written."""
         records = self.records[self.starts[number] : self.starts[number + 1]]
         if zlib.crc32(records.data) != self.checksums[number]:
-            raise GrowError(
-                f"reading example {number} of {self.path}",
-                "its bytes do not match their checksum: the file was damaged after it was written",
-                "delete this shard and call growlib.cache_teacher again, which writes it again",
-            )
+            wrong = "its bytes do not match their checksum: the file was damaged after it was written"
+            valid = "a whole shard: delete this one, and the same growlib.cache_teacher call writes it again"
+            raise GrowError(f"reading example {number} of {self.path}", wrong, valid)
         return records
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Of the class, and of every tensor's name, dtype, shape and bytes; tied tensors once."""
+    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return f"{type(model).__name__} {digest.hexdigest()}"
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of its (token, id) pairs."""
+    pairs = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]))
+    return hashlib.blake2b(pairs.encode(), digest_size=16).hexdigest()

@@ -12,12 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_
 from growlib.errors import GrowError
 from growlib.ki.cache.batches import Batches, Collator
 from growlib.ki.cache.capture import placed
-from growlib.ki.cache.data import Examples
+from growlib.ki.cache.data import Examples, spread
 from growlib.ki.cache.examples import draw_keys
-from growlib.ki.cache.hashes import spread, weights_hash
 from growlib.ki.cache.reader import TeacherCache
 from growlib.ki.cache.recorder import Recorder
-from growlib.ki.cache.shards import Header
+from growlib.ki.cache.shards import Header, weights_hash
 from growlib.ki.targets import Targets
 from growlib.ki.teacher import Teacher
 from growlib.ki.treatments import product
@@ -49,12 +48,8 @@ class CacheVerification:
 
     def __str__(self) -> str:
         text = f"{self.examples:,} examples, {self.positions:,} positions of {self.bytes_per_position} bytes: whole"
-        if not self.compared:
-            return text
-        return (
-            f"{text}; {'the teacher' if self.sound else 'NOT the teacher'}: KL {self.kl:.1e} nats and "
-            f"{self.identical:.1%} identical records on {self.compared:,} positions"
-        )
+        of = f"KL {self.kl:.1e} nats and {self.identical:.1%} identical records on {self.compared:,} positions"
+        return f"{text}; {'the teacher' if self.sound else 'NOT the teacher'}: {of}" if self.compared else text
 
 
 def verify_cache(
@@ -68,7 +63,7 @@ def verify_cache(
 ) -> CacheVerification:
     """Read every record of a cache, and compare it with the teacher, the dataset and the tokenizer that are given.
 
-    Of the dataset every example is looked up. With both, the teacher is run again on a sample and compared.
+    Every example of the dataset is looked up. With teacher and dataset, the teacher runs again on a sample.
 
     Args:
         path: a finished cache.
@@ -92,14 +87,17 @@ def verify_cache(
     given = Examples(dataset, "dataset")
     if len(given) != len(cache):
         raise GrowError(asked, f"the dataset has {len(given)} examples and the cache {len(cache)}", "its dataset")
-    if model is None:
-        _look_up(asked, cache, Batches(data_collator, header.batch_size, header.task), given)
-        return result
-    reader = Teacher(model, header.vocab)
-    batches = Batches.of(reader, data_collator, header.batch_size)
-    _look_up(asked, cache, batches, given)
-    recorder = Recorder(reader, batches, header.record_format, header.seed)
-    return _compare(result, cache, recorder, given.at(spread(len(given), sample)))
+    recorder, batches = None, Batches(data_collator, header.batch_size, header.task)
+    if model is not None:
+        reader = Teacher(model, header.vocab)
+        recorder = Recorder(reader, data_collator, header.batch_size, header.record_format, header.seed)
+        batches = recorder.batches
+    for chosen in given.batches(batches.size):
+        cache.find(batches.batch(chosen).examples)
+    if batches.dataset_hash(given) != header.dataset:
+        raise GrowError(asked, "the dataset has its examples in another order", "the dataset as it was cached")
+    sample_of = given.at(spread(len(given), sample))
+    return result if recorder is None else replace(result, **_compare(cache, recorder, sample_of))
 
 
 def _teacher(asked: str, teacher: PreTrainedModel | str | os.PathLike[str], header: Header) -> PreTrainedModel:
@@ -117,32 +115,18 @@ def _teacher(asked: str, teacher: PreTrainedModel | str | os.PathLike[str], head
     raise GrowError(asked, "another teacher wrote it: the hash of its weights differs", "the teacher that wrote it")
 
 
-def _look_up(asked: str, cache: TeacherCache, batches: Batches, given: Examples) -> None:
-    """Raise GrowError where an example is not in the cache, or at another place."""
-    for chosen in given.batches(batches.size):
-        cache.find(batches.batch(chosen).examples)
-    if batches.dataset_hash(given) != cache.header.dataset:
-        raise GrowError(asked, "the dataset has its examples in another order", "the dataset as it was cached")
-
-
-def _compare(
-    result: CacheVerification, cache: TeacherCache, recorder: Recorder, sample: Iterable[Any]
-) -> CacheVerification:
-    """With what the teacher says now."""
-    record_format, same, divergences = recorder.format, [np.empty(0, bool)], [torch.zeros(0)]
+def _compare(cache: TeacherCache, recorder: Recorder, sample: Iterable[Any]) -> dict[str, Any]:
+    """`CacheVerification`'s comparison with what the teacher says now."""
+    form, same, divergences = recorder.format, [np.empty(0, bool)], [torch.zeros(0)]
     for example in sample:
         batch = recorder.batches.batch([example])
         examples = batch.examples
         stored = cache.records(cache.find(examples))
-        again = recorder.records(batch, draw_keys(examples))[0]
-        same.append((stored == again).all(1))
+        same.append((stored == recorder.records(batch, draw_keys(examples))[0]).all(1))
         for part, logits, _ in recorder.chunks(batch):
-            kept = record_format.decode(stored[part])
-            divergences.append(_kl(logits.cpu() / record_format.temperature, kept, record_format.top_k))
+            divergences.append(_kl(logits.cpu() / form.temperature, form.decode(stored[part]), form.top_k))
     identical, kl = np.concatenate(same), torch.cat(divergences)
-    if not len(kl):
-        return result
-    return replace(result, compared=len(kl), identical=float(identical.mean()), kl=float(kl.mean()))
+    return {"compared": len(kl), "identical": float(identical.mean()), "kl": float(kl.mean())} if len(kl) else {}
 
 
 def _kl(logits: torch.Tensor, kept: Targets, top_k: int) -> torch.Tensor:
