@@ -193,7 +193,7 @@ def test_another_teacher_tokenizer_or_dataset_is_named_when_the_cache_is_used(tm
         verify_cache(folder, llama(2, hidden=8))
     with pytest.raises(GrowError, match="41 examples and the cache 40"):
         verify_cache(folder, llama(1, hidden=8), examples(41), data_collator=collate)
-    with pytest.raises(GrowError, match="tokenizer is another"):
+    with pytest.raises(GrowError, match="written with another tokenizer"):
         KITrainer(
             model=llama(0), args=arguments(tmp_path), ki=KIConfig(teacher=folder), processing_class=tokenizer(VOCAB - 1)
         )
@@ -244,7 +244,7 @@ def test_a_cache_that_does_not_fit_the_student_is_refused(tmp_path, student, opt
         ({"model": "folder", "task": "decoder"}, "causal, masked, seq2seq, image"),
         ({"vocab": 0}, f"1 to {VOCAB}"),
         ({"samples": -1}, "samples=-1.* 0 or more"),
-        ({"top_k": 1.5}, "top_k=1.5.* no whole number"),
+        ({"top_k": 1.5}, "top_k=1.5.* not a whole number"),
         ({"seed": 1 << 63}, "seed=.* out of range"),
         ({"temperature": "1"}, "temperature='1'"),
         ({"model": torch.nn.Linear(2, 2)}, "the teacher is a Linear"),

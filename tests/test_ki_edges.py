@@ -204,7 +204,7 @@ def test_no_gradient_reaches_targets():
         ({"alpha": 0.5, "num_items": torch.ones(2)}, "no dimensions"),
         ({"alpha": 0.5, "num_items": 0}, "1 or more"),
         ({"alpha": 0.5, "temperature": 0.0}, "not positive"),
-        ({"alpha": 1.5}, "no weight"),
+        ({"alpha": 1.5}, "alpha=1.5: it is out of range"),
         ({"alpha": 0.5, "teacher": "gpt2"}, "a teacher that is a str"),
         ({"alpha": 0.5, "student": torch.randn(N - 1, V)}, f"at {N - 1} positions"),
         ({"alpha": 0.5, "teacher": torch.randn(N + 1, V)}, f"at {N + 1} positions"),

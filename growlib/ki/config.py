@@ -40,10 +40,10 @@ class KIConfig:
             The data must hold no id that the teacher's embedding lacks.
         weights: of the teachers of a tuple, summing to 1; None: equal ones.
         domain: the dataset's column that names each example's domain, with a dict of teachers.
-        top_k: an online teacher's most probable tokens alone are taught; None: its whole distribution.
-        tail: how the rest is treated: a key of `growlib.ki.TREATMENTS`; None: "bucket" for an online top-K, and for
-            a cache what it was written for.
-        gate: α counts as 0 at positions where the teacher gives the label no more probability than the student.
+        top_k: number of most probable tokens that an online teacher teaches; None: its whole distribution.
+        tail: how the tail, all other tokens, is treated: a key of `growlib.ki.TREATMENTS`; None: "bucket" for an online
+            top-K, and for a cache what it was written for.
+        gate: α is 0 at positions where the teacher gives the label no more probability than the student.
 
     Raises:
         GrowError: a value is out of range.
@@ -67,7 +67,7 @@ class KIConfig:
         for teacher in self.teachers:
             if not isinstance(teacher, PreTrainedModel | str | os.PathLike):
                 valid = "a PreTrainedModel, a folder, or a hub id; a tuple or a dict of them"
-                raise GrowError(f"KIConfig(teacher={type(teacher).__name__} object)", "this is not a model", valid)
+                raise GrowError(f"KIConfig(teacher={type(teacher).__name__} object)", "it is not a model", valid)
         self._require("teacher", len(self.teachers) > 0, "at least one")
         schedule = schedule_of(self.schedule)
         if self.stop_at == "default":

@@ -59,12 +59,12 @@ def linear_ki_loss(
     hidden = hidden.reshape(-1, hidden.shape[-1])
     check_positions(len(hidden), "hidden states", len(labels))
     if chunk is not None and chunk < 1:
-        raise GrowError(f"linear_ki_loss(chunk={chunk})", "that is no number of positions", "1 or more, or None")
+        raise GrowError(f"linear_ki_loss(chunk={chunk})", "it is below 1", "1 or more, or None")
     if softcap is not None and not softcap > 0:
-        raise GrowError(f"linear_ki_loss(softcap={softcap})", "it bounds nothing", "above 0, or None")
+        raise GrowError(f"linear_ki_loss(softcap={softcap})", "it is not positive", "above 0, or None")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
         asked = f"hidden states of width {hidden.shape[1]} with a head {tuple(weight.shape)}"
-        raise GrowError(asked, "the head does not read them", f"a weight [vocabulary, {hidden.shape[1]}]")
+        raise GrowError(asked, "the sizes do not match", f"a weight [vocabulary, {hidden.shape[1]}]")
     counted = labels != ignore_index
     number = counted.sum().clamp(min=1) if num_items is None else num_items
     if torch.compiler.is_compiling():  # their number cannot be a size of the graph: the others stay, without weight
@@ -139,9 +139,9 @@ class _LinearKILoss(torch.autograd.Function):
         teacher: Predictions,
         settings: _Settings,
     ) -> tuple[Tensor, ...]:
-        head = Projection(hidden, weight, bias, settings.scale, settings.softcap)
+        student = Projection(hidden, weight, bias, settings.scale, settings.softcap)
         now = ctx.needs_input_grad[:3] if not settings.recompute else (False, False, False)
-        sums, gradients = _run(head, alpha, labels, teacher, settings, now)
+        sums, gradients = _run(student, alpha, labels, teacher, settings, now)
         difference, *results = sums
         ctx.recompute, ctx.settings, ctx.teacher = settings.recompute, settings, teacher
         if settings.recompute:
@@ -157,16 +157,16 @@ class _LinearKILoss(torch.autograd.Function):
         difference, *saved = ctx.saved_tensors
         if ctx.recompute:
             hidden, weight, bias, alpha, labels = saved
-            head = Projection(hidden, weight, bias, ctx.settings.scale, ctx.settings.softcap)
+            student = Projection(hidden, weight, bias, ctx.settings.scale, ctx.settings.softcap)
             with torch.autocast(hidden.device.type, enabled=False):
-                _, saved = _run(head, alpha, labels, ctx.teacher, ctx.settings, ctx.needs_input_grad[:3])
+                _, saved = _run(student, alpha, labels, ctx.teacher, ctx.settings, ctx.needs_input_grad[:3])
         gradients = [None if gradient is None else gradient * upstream[0].to(gradient.dtype) for gradient in saved]
         return (*gradients, difference * upstream[0], None, None, None)
 
 
 @torch.no_grad()
 def _run(
-    head: Projection,
+    student: Projection,
     alpha: Tensor,
     labels: Tensor,
     teacher: Predictions,
@@ -174,14 +174,14 @@ def _run(
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The sums [d loss / d α, *KISums], and the gradients of (hidden, weight, bias) that are wanted."""
-    hidden, weight, bias = head.hidden, head.weight, head.bias
+    hidden, weight, bias = student.hidden, student.weight, student.bias
     sums = alpha.new_zeros(6)
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     d_weight = torch.zeros_like(weight, dtype=alpha.dtype) if wanted[1] else None
     d_bias = torch.zeros_like(bias, dtype=alpha.dtype) if wanted[2] and bias is not None else None
     for start in range(0, len(labels), settings.chunk):
         rows = slice(start, start + settings.chunk)
-        logits = head.rows(rows).logits()
+        logits = student.rows(rows).logits()
         slope = None if settings.softcap is None else 1 - (logits / settings.softcap).square()
         targets = targets_for(logits, teacher.rows(rows), settings.temperature)
         sums[4:] += teacher_ce(targets, labels[rows])

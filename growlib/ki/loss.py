@@ -88,11 +88,11 @@ def check_request(labels: Tensor, alpha: float | Tensor, temperature: float, num
         if isinstance(value, Tensor) and value.ndim:
             raise GrowError(f"a KI loss with {name} of shape {list(value.shape)}", "it is one number", "no dimensions")
     if labels.dtype.is_floating_point or labels.dtype == torch.bool:
-        raise GrowError(f"a KI loss with labels of {labels.dtype}", "they are no token ids", "integers")
+        raise GrowError(f"a KI loss with labels of {labels.dtype}", "they are not token ids", "integers")
     if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
-        raise GrowError(f"a KI loss with alpha={alpha}", "it is no weight", "0 to 1")
+        raise GrowError(f"a KI loss with alpha={alpha}", "it is out of range", "0 to 1")
     if not (num_items is None or isinstance(num_items, Tensor) or num_items > 0):
-        raise GrowError(f"a KI loss with num_items={num_items}", "nothing can be divided by it", "1 or more")
+        raise GrowError(f"a KI loss with num_items={num_items}", "it is not positive", "1 or more")
     check_temperature("a KI loss", temperature)
     return labels.reshape(-1).long()
 

@@ -47,7 +47,7 @@ class MaskedExamples(Dataset):
         if masks < 1:
             raise GrowError(f"MaskedExamples(masks={masks})", "there are no masks", "at least 1")
         if not 0 < share < 1:
-            raise GrowError(f"MaskedExamples(share={share})", "it is no share of the positions", "such as 0.15")
+            raise GrowError(f"MaskedExamples(share={share})", "it is not between 0 and 1", "such as 0.15")
         self.examples, self.mask_token, self.vocab = examples, mask_token, vocab
         self.masks, self.seed, self.share, self.special = masks, seed, share, special
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # with a loader's workers, which may persist

@@ -78,7 +78,7 @@ def mixture(parts: Sequence[Targets], weights: Sequence[float]) -> Targets:
     """
     if not are_weights(weights, len(parts)):
         asked = f"averaging {len(parts)} teachers with weights {list(weights)}"
-        raise GrowError(asked, "that is no average", "one positive weight for each of one or more, summing to 1")
+        raise GrowError(asked, "the weights do not make an average", "one positive weight per teacher, summing to 1")
     kinds = {(part.treatment, part.vocab, part.temperature) for part in parts}
     first = parts[0]
     if len(kinds) != 1 or not (first.ids is None or TREATMENTS[first.treatment].drawn):

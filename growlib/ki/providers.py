@@ -113,7 +113,7 @@ class DomainProvider:
     def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
         labels, asked = positions.aligned, "KIConfig(domain=...)"
         if DOMAIN not in batch or len(batch[DOMAIN]) != len(labels):
-            wrong = "the examples of this batch have no domain, or are packed into fewer rows"
+            wrong = "the examples of this batch have no domain, or several are packed in one row"
             raise GrowError(asked, wrong, "the column in every training example, one example per row")
         domains = batch[DOMAIN]
         if (domains < 0).any():
@@ -138,7 +138,7 @@ def _rows(name: str, value: Any, rows: Tensor, count: int) -> Any:
     if name == "position_ids" and value.ndim == 3:  # of several axes, [A, B, L]
         return value[:, rows]
     if value.shape[0] != count:
-        wrong = f"{name} of shape {list(value.shape)} does not say which part belongs to which of {count} examples"
+        wrong = f"{name} of shape {list(value.shape)} cannot be divided among {count} examples"
         raise GrowError("KIConfig(domain=...)", wrong, "batches with one row per example in every tensor")
     return value[rows]
 
@@ -159,7 +159,7 @@ def load_provider(
         online = resolve_teacher(config, teacher, student, tokenizer, device)
         if config.top_k is not None and config.top_k > online.common_vocab:
             wrong = f"teacher and student share {online.common_vocab} token ids"
-            raise GrowError(f"KIConfig(top_k={config.top_k})", wrong, "at most so many")
+            raise GrowError(f"KIConfig(top_k={config.top_k})", wrong, f"at most {online.common_vocab}")
         return OnlineProvider(online, config)
 
     providers = [one(teacher) for teacher in config.teachers]
@@ -190,7 +190,7 @@ def _check_cache(cache: TeacherCache, config: KIConfig, student: PreTrainedModel
         same = f"where its ids mean the same to the student, common_vocab={header.vocab}"
         raise GrowError(asked, wrong, f"a cache written with vocab={min(shared, vocab)}, or, {same}")
     if config.top_k is not None:
-        raise GrowError(asked, "top_k is of online teachers; the cache has its own", "no top_k")
+        raise GrowError(asked, "top_k is for online teachers; a cache has its own", "no top_k")
     if config.gate and header.top_k == 0:
         wrong = "the gate needs the probability of the label, which draws do not give"
         raise GrowError(asked, wrong, "a cache with a top_k")

@@ -97,9 +97,9 @@ def running_top_k(
     """
     if not (k >= 1 or (samples and k == 0)) or k > source.vocab:
         asked = f"the {k} most probable tokens of {source.vocab}"
-        raise GrowError(asked, "there are not so many", f"1 to {source.vocab}")
+        raise GrowError(asked, "k is out of range", f"1 to {source.vocab}")
     if tile < 1:
-        raise GrowError(f"tile={tile}", "that is no number of token ids", "1 or more")
+        raise GrowError(f"tile={tile}", "it is below 1", "1 or more")
     running = None
     with torch.no_grad():
         for number, start in enumerate(range(0, source.vocab, tile)):

@@ -36,7 +36,7 @@ class KIMetrics:
 
     @torch.no_grad()
     def add(self, ce: Tensor, kd: Tensor, teacher_ce: Tensor, known: Tensor, positions: int) -> None:
-        """Add a micro-batch: sums over its positions, in nats; `known` says over how many `teacher_ce` is."""
+        """Add a micro-batch: sums over its positions, in nats; `teacher_ce` is over `known` of them."""
         sums = torch.stack([ce.detach(), kd.detach(), teacher_ce, known.new_tensor(positions), known]).float()
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -75,7 +75,7 @@ def linear_step(
     losses: list[Tensor] = []
     sums: list[Tensor] = []
 
-    @torch.compiler.disable  # a compiled model ends before its head, and nothing here is traced anew at each step
+    @torch.compiler.disable  # a compiled model ends before its head, and this is not traced again at each step
     def at_head(hidden: Tensor) -> Tensor:
         student = access.projection(hidden).rows(step.positions.flat)
         for part in step.parts:
@@ -95,7 +95,7 @@ def linear_step(
         outputs = model(**inputs)
     _refuse_auxiliary_loss(outputs)
     if not losses:
-        raise GrowError(ASKED, "the student did not use its head", "a head that stays the same")
+        raise GrowError(ASKED, "the student no longer uses its head", "the head of the first step")
     first = outputs["logits"].reshape(-1)[0]
     ce, kd, teacher, known = torch.stack(sums).sum(0)
     # At 0, a soft-cap has slope 1.

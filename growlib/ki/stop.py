@@ -41,7 +41,7 @@ class StopWhenPassed:
 
     def stopped(self, state: TrainerState) -> bool:
         """Whether the teacher has left, in this training or before its checkpoint."""
-        if state is not self._state:  # a new training; the log of a resumed one holds what was logged before
+        if state is not self._state:  # a new training; a resumed one has the log of what it resumes
             self._state, self._seen, self._stopped, self._loss = state, 0, False, None
         new = state.log_history[self._seen :]
         self._seen += len(new)

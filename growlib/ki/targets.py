@@ -24,7 +24,7 @@ class Targets:
         logprobs: [N, V] (dense) or [N, K]: log-probabilities; of a draw, the log of its weight.
         vocab: how many token ids the distribution is over.
         ids: [N, K] token ids; None: dense. Distinct in a row, save for draws.
-        draws: how many of the K entries, the last ones, are draws; the others are exact.
+        draws: how many of the K tokens, the last ones, are draws; the others are exact.
         tail: [N], log of the probability of all tokens that are not among the exact ids; None where dense.
         entropy: [N] of the whole distribution, in nats; there with draws.
         treatment: how a loss reads the tail: a key of `TREATMENTS`; "dense" where there is none.
@@ -63,7 +63,7 @@ class Targets:
     @classmethod
     def top_k(
         cls,
-        source: Tensor | LogitSource,
+        logits: Tensor | LogitSource,
         k: int,
         *,
         tail: str = "bucket",
@@ -73,7 +73,7 @@ class Targets:
         """The K most probable tokens of each position, exactly, and the probability of the tail.
 
         Args:
-            source: logits [N, V], or a `Projection`, which is computed in tiles of N x `tile`.
+            logits: [N, V], or a `Projection`, which is computed in tiles of N x `tile`.
             tail: how a loss reads the tail: a key of `TREATMENTS` that needs no draws.
 
         Raises:
@@ -81,15 +81,15 @@ class Targets:
         """
         check_temperature("Targets.top_k", temperature)
         check_treatment(tail, WITHOUT_DRAWS)
-        logits = as_logits(source)
-        top = running_top_k(logits, k, temperature, tile, 0, lambda _: None)
+        source = as_logits(logits)
+        top = running_top_k(source, k, temperature, tile, 0, lambda _: None)
         log_z = top.normaliser
-        return cls(top.logits - log_z, logits.vocab, top.ids, top.tail - log_z[:, 0], None, tail, temperature)
+        return cls(top.logits - log_z, source.vocab, top.ids, top.tail - log_z[:, 0], None, tail, temperature)
 
     @classmethod
     def sample(
         cls,
-        source: Tensor | LogitSource,
+        logits: Tensor | LogitSource,
         k: int,
         samples: int,
         *,
@@ -105,7 +105,7 @@ class Targets:
         key alone, not on the batch.
 
         Args:
-            source, tile: as in `top_k`.
+            logits, tile: as in `top_k`.
             k: 0 or more exact tokens.
             samples: M, at least 1.
             keys: [N] int64; None: the number of the row.
@@ -116,20 +116,20 @@ class Targets:
         """
         check_temperature("Targets.sample", temperature)
         if samples < 1:
-            raise GrowError(f"Targets.sample(samples={samples})", "nothing is drawn", "at least 1, or Targets.top_k")
-        logits = as_logits(source)
-        keys_N = torch.arange(len(logits), device=logits.device) if keys is None else keys
-        if keys_N.shape != (len(logits),) or keys_N.dtype != torch.int64:
+            raise GrowError(f"Targets.sample(samples={samples})", "there are no draws", "at least 1, or Targets.top_k")
+        source = as_logits(logits)
+        keys_N = torch.arange(len(source), device=source.device) if keys is None else keys
+        if keys_N.shape != (len(source),) or keys_N.dtype != torch.int64:
             asked = f"Targets.sample(keys={keys_N.dtype} {list(keys_N.shape)})"
-            raise GrowError(asked, "each position is drawn by its key", f"int64 [{len(logits)}]")
+            raise GrowError(asked, "each position needs a key", f"int64 [{len(source)}]")
         top = running_top_k(
-            logits, k, temperature, tile, samples, lambda number: uniforms(seed, keys_N, number, 4 * samples)
+            source, k, temperature, tile, samples, lambda number: uniforms(seed, keys_N, number, 4 * samples)
         )
         log_z = top.normaliser
         tail = top.tail - log_z[:, 0]
         weights = (tail - math.log(samples))[:, None].expand(-1, samples)
         logprobs, ids = torch.cat([top.logits - log_z, weights], 1), torch.cat([top.ids, top.draws], 1)
-        return cls(logprobs, logits.vocab, ids, tail, top.entropy, "sampled", temperature, samples)
+        return cls(logprobs, source.vocab, ids, tail, top.entropy, "sampled", temperature, samples)
 
     def __len__(self) -> int:
         return self.logprobs.shape[0]
@@ -257,10 +257,10 @@ class Logits:
         return Targets.dense(self.tensor, temperature=temperature).to(device)
 
 
-def as_logits(source: Tensor | LogitSource) -> LogitSource:
+def as_logits(logits: Tensor | LogitSource) -> LogitSource:
     """A tensor is wrapped; raises GrowError where it is not [N, V]."""
-    if not isinstance(source, Tensor):
-        return source
-    if source.ndim != 2:
-        raise GrowError(f"targets of logits {tuple(source.shape)}", "positions are one dimension", "[N, V]")
-    return Logits(source)
+    if not isinstance(logits, Tensor):
+        return logits
+    if logits.ndim != 2:
+        raise GrowError(f"targets of logits {tuple(logits.shape)}", "they do not have two dimensions", "[N, V]")
+    return Logits(logits)

@@ -27,7 +27,7 @@ def task_of(model: PreTrainedModel) -> Task:
     """Read from transformers' own tables; GrowError where it is no language model and no classifier into one class."""
     asked = f"Knowledge Inheritance with {type(model).__name__}"
     if not isinstance(model, PreTrainedModel):
-        raise GrowError(asked, "it is no model of transformers", "a PreTrainedModel")
+        raise GrowError(asked, "it is not a model of transformers", "a PreTrainedModel")
     if model.config.is_encoder_decoder and model.get_output_embeddings() is not None:
         return "seq2seq"
     class_names = {cls.__name__ for cls in type(model).__mro__}
@@ -36,7 +36,7 @@ def task_of(model: PreTrainedModel) -> Task:
     if one_class and class_names & _classes(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES):
         return "image"
     loss = LOSS_MAPPING.get(model.loss_type or "")
-    # The masked table goes first: XLM and Flaubert stand in both, and do not shift.
+    # The masked table goes first: XLM and Flaubert are in both, and do not shift.
     if class_names & _classes(MODEL_FOR_MASKED_LM_MAPPING_NAMES) or loss is ForMaskedLMLoss:
         return "masked"
     if class_names & _classes(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or loss is ForCausalLMLoss:

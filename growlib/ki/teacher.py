@@ -37,7 +37,7 @@ class Teacher:
     Attributes:
         model: in eval mode, without gradients.
         common_vocab: number of token ids that teacher and student share.
-        task: how its labels meet its logits.
+        task: decides how its labels are aligned with its logits.
         names: what its forward pass takes.
     """
 
@@ -55,7 +55,7 @@ class Teacher:
     def predict(self, inputs: dict[str, Any], positions: Positions) -> Logits | Projection:
         """What it says on the student's inputs at the positions that count, over `common_vocab` token ids.
 
-        Hidden states and head stand for the logits where growlib has access to the head. On the teacher's device.
+        Hidden states and head where growlib has access to the head, logits otherwise; on the teacher's device.
         """
         kept = self._inputs(inputs)
         if not self._access_known:

@@ -50,7 +50,7 @@ class KIMixin(_Base):
 
     def __init__(self, *args: Any, ki: KIConfig | None = None, **kwargs: Any) -> None:
         if not isinstance(ki, KIConfig | None):
-            raise GrowError(f"ki={type(ki).__name__} object", "these are no settings", "a growlib.KIConfig, or None")
+            raise GrowError(f"ki={type(ki).__name__} object", "it is not a KIConfig", "a growlib.KIConfig, or None")
         super().__init__(*args, **kwargs)
         self.ki = ki
         self._ki_metrics = KIMetrics()
@@ -233,7 +233,7 @@ def _refuse_split_students(trainer: Trainer) -> None:
     for split, present in splits.items():
         if present:
             valid = "one process per GPU (torchrun) with data parallelism"
-            raise GrowError(f"{ASKED} with {split}", "the teacher and its loss do not follow this split", valid)
+            raise GrowError(f"{ASKED} with {split}", "the teacher and its loss are not split in this way", valid)
 
 
 @contextmanager

@@ -51,8 +51,8 @@ class Batches:
         try:
             inputs = dict(self.collator(kept))
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            wrong = f"the data_collator makes no batch of {len(kept)} examples ({error!r})"
-            raise GrowError("cache_teacher", wrong, "one that does, and pads where lengths differ") from error
+            wrong = f"the data_collator cannot make a batch of {len(kept)} examples ({error!r})"
+            raise GrowError("cache_teacher", wrong, "a data_collator that pads where lengths differ") from error
         positions = Positions.of(inputs, self.task)
         labels, tokens = positions.aligned, inputs.get("input_ids", positions.aligned)
         if self.task != "seq2seq" and labels.shape != tokens.shape:
@@ -76,6 +76,6 @@ class Batches:
         again = [self.digest(*chosen) for chosen in batched(examples.at(numbers[:8]), self.size)]
         if b"".join(again) != b"".join(digests[:8]):
             wrong = f"the {examples.name} has other examples when it is read again, which training would not find"
-            valid = "no random changes in dataset and data_collator; for masks growlib.ki.MaskedExamples"
+            valid = "a dataset and data_collator without random changes; for masks growlib.ki.MaskedExamples"
             raise GrowError("cache_teacher", wrong, valid)
         return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()

@@ -77,7 +77,7 @@ def cache_teacher(
     shard_examples = _whole("shard_examples", shard_examples, 1)
     seed = _whole("seed", seed, -(1 << 63), (1 << 63) - 1)
     if not isinstance(temperature, Real):
-        raise GrowError(f"cache_teacher(temperature={temperature!r})", "that is no number", "such as 1.0")
+        raise GrowError(f"cache_teacher(temperature={temperature!r})", "it is not a number", "such as 1.0")
     examples = Examples(dataset, "dataset")
     held_out = None if held_out is None else Examples(held_out, "held_out")
     model = placed(teacher, task, dtype)
@@ -114,9 +114,9 @@ def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     try:
         number = int(operator.index(value))
     except TypeError as error:
-        raise GrowError(f"cache_teacher({name}={value!r})", "that is no whole number", valid) from error
+        raise GrowError(f"cache_teacher({name}={value!r})", "it is not a whole number", valid) from error
     if number < least or (most is not None and number > most):
-        raise GrowError(f"cache_teacher({name}={number})", "that is out of range", valid)
+        raise GrowError(f"cache_teacher({name}={number})", "it is out of range", valid)
     return number
 
 

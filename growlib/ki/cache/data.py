@@ -22,14 +22,14 @@ PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0, "token_t
 class Examples:
     """The examples of a dataset by their numbers, also of one that can only be read in order.
 
-    `name` stands for the dataset in errors. Raises GrowError where there are none, or they can be read only once.
+    Errors call the dataset `name`. Raises GrowError where there are none, or they can be read only once.
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
         self.dataset, self.name = dataset, name
         if isinstance(dataset, Mapping):
             wrong = f"the {name} is a {type(dataset).__name__} of {', '.join(map(repr, dataset))}"
-            raise GrowError("cache_teacher", wrong, "the examples themselves, such as one split of it")
+            raise GrowError("cache_teacher", wrong, "the examples, such as one split of it")
         streams = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
         if not hasattr(dataset, "__iter__" if streams else "__len__") or (streams and iter(dataset) is dataset):
             wrong = f"the {name} is a {type(dataset).__name__}, which cannot be read twice"
@@ -38,7 +38,7 @@ class Examples:
         self.count = sum(1 for _ in dataset) if streams else len(dataset)
         self.in_order = streams
         if self.count == 0:
-            raise GrowError("cache_teacher", f"the {name} has no examples", "one that has some")
+            raise GrowError("cache_teacher", f"the {name} has no examples", "one or more examples")
 
     def __len__(self) -> int:
         return self.count
@@ -118,7 +118,7 @@ def read_examples(
     if kind == ".jsonl":
         return _lines(asked, path)
     if length < 2:
-        raise GrowError(asked, f"of a block of length={length} nothing is predicted", "2 or more tokens")
+        raise GrowError(asked, f"a block of length={length} has no token to predict", "2 or more tokens")
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if tokenizer is None or tokenizer.eos_token_id is None:
         raise GrowError(asked, "text needs a tokenizer with an end-of-text token", "one beside the teacher; or .npy")
@@ -127,10 +127,10 @@ def read_examples(
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise GrowError(asked, f"{file} is no UTF-8 text", "files of text alone") from error
+            raise GrowError(asked, f"{file} is not UTF-8 text", "text files only") from error
         ids_N += [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     if len(ids_N) < length:
-        raise GrowError(asked, f"its {len(ids_N)} tokens do not fill a block of {length}", "more text, shorter blocks")
+        raise GrowError(asked, f"its {len(ids_N)} tokens do not fill a block of {length}", "a longer text")
     return Blocks(np.array(ids_N[: len(ids_N) // length * length], np.int32).reshape(-1, length))
 
 
@@ -139,7 +139,7 @@ def _token_ids(asked: str, path: Path) -> np.ndarray:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise GrowError(asked, f"it holds no array of numbers ({error})", valid) from error
+        raise GrowError(asked, f"it is not an array of numbers ({error})", valid) from error
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
         raise GrowError(asked, f"it is {ids.dtype} of shape {ids.shape}", valid)
     return ids
@@ -153,7 +153,7 @@ def _lines(asked: str, path: Path) -> list[dict[str, Any]]:
                 if line.strip():
                     examples.append(_line(f"{asked}, line {number}", line))
     except UnicodeDecodeError as error:
-        raise GrowError(asked, f"it is no UTF-8 text ({error})", "an example per line") from error
+        raise GrowError(asked, f"it is not UTF-8 text ({error})", "an example per line") from error
     if not examples:
         raise GrowError(asked, "it is empty", "an example per line")
     return examples
@@ -164,7 +164,7 @@ def _line(asked: str, line: str) -> dict[str, Any]:
         example = json.loads(line)
         ids = np.array(example["input_ids"])
     except (ValueError, KeyError, TypeError) as error:
-        raise GrowError(asked, f"it is no example ({error!r})", 'such as {"input_ids": [5, 3, 8]}') from error
+        raise GrowError(asked, f"it is not an example ({error!r})", 'such as {"input_ids": [5, 3, 8]}') from error
     if ids.ndim != 1 or ids.dtype.kind != "i" or not (ids.min() >= 0 and ids.max() < 1 << 31):
-        raise GrowError(asked, "its input_ids are no token ids", 'such as {"input_ids": [5, 3, 8]}')
+        raise GrowError(asked, "its input_ids are not token ids", 'such as {"input_ids": [5, 3, 8]}')
     return {"labels": example["input_ids"], **example}

@@ -1,4 +1,4 @@
-"""Which examples a batch holds. Each is identified by a digest of its tokens and labels, wherever it stands.
+"""Which examples a batch holds. Each is identified by a digest of its tokens and labels, wherever it is.
 
 Because the key is the content, the order of the data, the batch size, padding, packing with `position_ids`, the number
 of processes and the epoch may all change between caching and training; only the examples may not.
@@ -26,7 +26,7 @@ class Example(NamedTuple):
     Attributes:
         digest: of its token ids and of the labels that its positions predict.
         counted: number of its positions that count, which are those that have targets.
-        row, columns: where in the batch its tokens stand.
+        row, columns: where its tokens are in the batch.
     """
 
     digest: bytes
@@ -53,7 +53,7 @@ def examples_of(batch: dict[str, Any], task: Task, positions: Positions) -> list
         places = batch.get("position_ids")
         examples = list(_segments(ids, mask, labels, None if places is None else _array(places)))
     if sum(example.counted for example in examples) != positions.count:
-        wrong = "a label counts that padding predicts (where attention_mask is 0)"
+        wrong = "a label counts at a padding position (attention_mask is 0)"
         raise GrowError("a cache of the teacher", wrong, "padding on the right, and labels of -100 on padding")
     return examples
 

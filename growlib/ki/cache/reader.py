@@ -22,7 +22,7 @@ def is_cache(path: Any) -> bool:
 
 
 class TeacherCache:
-    """A finished cache, its records memory-mapped. Its `header` says what it is of.
+    """A finished cache, its records memory-mapped. Its `header` describes it.
 
     Raises:
         GrowError: it is unfinished, damaged or no cache.
@@ -62,7 +62,7 @@ class TeacherCache:
         if tokenizer is None or self.header.tokenizer is None:
             return
         if tokenizer_hash(tokenizer) != self.header.tokenizer:
-            wrong = "the tokenizer is another than the one that the cache was written with"
+            wrong = "the cache was written with another tokenizer"
             raise GrowError(self._asked, wrong, "the same tokenizer, or a cache written with this one")
 
     def read(self, batch: dict[str, Any], positions: Positions | None = None) -> tuple[Targets, Tensor]:

@@ -125,5 +125,5 @@ def _ce(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _no_numbers(where: str) -> GrowError:
-    wrong = f"the teacher's logits on {where} are no numbers (NaN)"
-    return GrowError("cache_teacher", wrong, "a teacher that is whole, in a dtype that does not overflow")
+    wrong = f"the teacher's logits on {where} are not numbers (NaN)"
+    return GrowError("cache_teacher", wrong, "a teacher whose weights are finite, in a dtype that does not overflow")

@@ -43,9 +43,9 @@ class RecordFormat:
         if not (0 <= self.top_k <= self.vocab and self.samples >= 0 and self.top_k + self.samples > 0):
             raise GrowError(asked, f"the vocabulary has {self.vocab} ids", f"top_k in 0 to {self.vocab}, or draws")
         if not 0 < self.temperature < math.inf:
-            raise GrowError(asked, "the temperature is not a positive number", "such as 1.0")
+            raise GrowError(asked, "the temperature is not positive", "such as 1.0")
         if self.id_bits > MAX_ID_BITS:
-            raise GrowError(asked, f"a vocabulary of {self.vocab} ids", f"at most {1 << MAX_ID_BITS} ids")
+            raise GrowError(asked, f"the vocabulary has {self.vocab} ids", f"at most {1 << MAX_ID_BITS} ids")
 
     @property
     def id_bits(self) -> int:

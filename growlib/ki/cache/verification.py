@@ -86,7 +86,8 @@ def verify_cache(
         return result
     given = Examples(dataset, "dataset")
     if len(given) != len(cache):
-        raise GrowError(asked, f"the dataset has {len(given)} examples and the cache {len(cache)}", "its dataset")
+        wrong = f"the dataset has {len(given)} examples and the cache {len(cache)}"
+        raise GrowError(asked, wrong, "the dataset that was cached")
     recorder, batches = None, Batches(data_collator, header.batch_size, header.task)
     if model is not None:
         reader = Teacher(model, header.vocab)
@@ -95,7 +96,7 @@ def verify_cache(
     for chosen in given.batches(batches.size):
         cache.find(batches.batch(chosen).examples)
     if batches.dataset_hash(given) != header.dataset:
-        raise GrowError(asked, "the dataset has its examples in another order", "the dataset as it was cached")
+        raise GrowError(asked, "the examples of the dataset are in another order", "the dataset as it was cached")
     sample_of = given.at(spread(len(given), sample))
     return result if recorder is None else replace(result, **_compare(cache, recorder, sample_of))
 
@@ -105,14 +106,14 @@ def _teacher(asked: str, teacher: PreTrainedModel | str | os.PathLike[str], head
     dtype = None if header.dtype is None else getattr(torch, header.dtype)
     if isinstance(teacher, PreTrainedModel):
         if dtype not in (None, teacher.dtype):
-            wrong = f"the teacher is in {teacher.dtype}, and wrote it in {dtype}"
+            wrong = f"the teacher is in {teacher.dtype}, and the cache was written in {dtype}"
             raise GrowError(asked, wrong, f"a teacher in {dtype}, or its folder, which is loaded so")
         dtype = None
     for task in (None, header.task):  # as its config names, or as `cache_teacher` may have been told
         model = placed(teacher, task, dtype)
         if weights_hash(model) == header.teacher:
             return model
-    raise GrowError(asked, "another teacher wrote it: the hash of its weights differs", "the teacher that wrote it")
+    raise GrowError(asked, "another teacher wrote it: the hash of the weights differs", "the teacher that wrote it")
 
 
 def _compare(cache: TeacherCache, recorder: Recorder, sample: Iterable[Any]) -> dict[str, Any]:
