@@ -45,7 +45,7 @@ def test_a_step_before_the_head_is_the_step_of_whole_logits(tmp_path, model_type
     for parameter in teacher.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(5, vocabulary(student), (4, 7))]
-    stepped, reached = [], []
+    stepped, has_access = [], []
     for kind in (KITrainer, WithWholeLogits):
         model = copy.deepcopy(student)
         trainer = kind(
@@ -54,10 +54,10 @@ def test_a_step_before_the_head_is_the_step_of_whole_logits(tmp_path, model_type
         )  # fmt: skip
         trainer.train()
         stepped.append(parameters(model))
-        reached.append(trainer._ki_loss_form.access is not None)
-    assert not reached[1]
-    if not reached[0]:
+        has_access.append(trainer._ki_loss_form.access is not None)
+    assert not has_access[1]
+    if not has_access[0]:
         assert model_type not in SAMPLE
-        pytest.skip("its head cannot be reached: whole logits")
+        pytest.skip("no access to its head: whole logits")
     assert (stepped[0] - parameters(student)).abs().max() > 1e-5
     torch.testing.assert_close(stepped[0], stepped[1], rtol=1e-5, atol=1e-6)

@@ -165,11 +165,11 @@ def test_any_flipped_byte_is_named(tmp_path):
             (damaged / path.name).write_bytes(content)
             try:
                 cache = TeacherCache(damaged)
-                found = [cache.read(batch)[0].logprobs for batch in batches]
+                read = [cache.read(batch)[0].logprobs for batch in batches]
             except GrowError as error:
                 refused += path.name in str(error)
             else:  # spaces of a JSON header
-                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+                assert all(torch.equal(a, b) for a, b in zip(read, expected, strict=True))
                 refused += 1
             shutil.rmtree(damaged)
     assert refused == 4 * 15
@@ -179,9 +179,9 @@ def test_a_teacher_that_was_cast_is_verified_as_it_was_cast(tmp_path):
     llama(1, hidden=8).save_pretrained(tmp_path / "teacher")
     folder = tmp_path / "cache"
     cache_teacher(tmp_path / "teacher", ROWS, folder, data_collator=collate, dtype=torch.bfloat16)
-    found = verify_cache(folder, tmp_path / "teacher", ROWS, data_collator=collate)
-    assert found.sound
-    assert found.compared > 0
+    result = verify_cache(folder, tmp_path / "teacher", ROWS, data_collator=collate)
+    assert result.sound
+    assert result.compared > 0
     with pytest.raises(GrowError, match="dtype = None and not 'bfloat16'"):
         cache_teacher(tmp_path / "teacher", ROWS, folder, data_collator=collate, dtype=None)
 
@@ -362,7 +362,7 @@ def test_masks_come_from_seed_epoch_and_example(tmp_path):
         tmp_path, student, KIConfig(teacher=tmp_path / "cache", stop_at=1.0), masked, max_steps=20,
         logging_strategy="steps", logging_steps=1,
     )  # fmt: skip
-    assert sum("ki/kd" in log for log in trainer.state.log_history) == 20  # four epochs, every example was found
+    assert sum("ki/kd" in log for log in trainer.state.log_history) == 20  # four epochs, every example is in the cache
 
 
 def test_examples_without_a_counted_position_need_no_targets(tmp_path):

@@ -1,5 +1,6 @@
 """A cache's files: what is in them, and what happens when the disk, another process or a person interferes."""
 
+import json
 import os
 import resource
 import shutil
@@ -88,6 +89,18 @@ def test_the_teachers_ce_is_a_mean_over_the_labels_that_it_knows(tmp_path):
     ki = KIConfig(teacher=cache.path, common_vocab=vocab)
     logs = train(tmp_path, llama(0), ki, ROWS[:8], logging_strategy="steps", logging_steps=1).state.log_history
     assert logs[0]["ki/teacher_ce"] == expected
+
+
+def test_a_cache_of_another_format_is_refused_and_left_alone(tmp_path):
+    """Such as format 2, whose header has a `head`."""
+    folder = write(tmp_path / "cache").path
+    fields = json.loads((folder / "header.json").read_text())
+    (folder / "header.json").write_text(json.dumps({**fields, "format": 2, "head": fields.pop("task")}))
+    before = bytes_of(folder)
+    for use in (TeacherCache, write, lambda path: train(tmp_path, llama(0), KIConfig(teacher=path), ROWS)):
+        with pytest.raises(GrowError, match=r"is not of format 3.* write the cache again, into a new folder"):
+            use(folder)
+    assert bytes_of(folder) == before
 
 
 @pytest.mark.parametrize("leftover", ["header.json", ".header.json-7", ".shard-00000.safetensors-7"])

@@ -25,7 +25,7 @@ from growlib.ki.tasks import task_of
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_peft_student_learns_through_its_adapters(tmp_path):
-    """The frozen head is reached through the wrapper; the step on the adapters is the hand-written one."""
+    """There is access to the frozen head through the wrapper; the step on the adapters is the hand-written one."""
     import peft
 
     rows, teacher = examples(8), llama(1, hidden=8)
@@ -200,5 +200,5 @@ def test_images_of_other_classes_are_refused(tmp_path):
 def test_a_teacher_on_another_device():
     """In a process of its own, which has a second device without values."""
     script = Path(__file__).with_name("ki_two_devices.py")
-    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, check=False)
-    assert found.stdout == "both devices kept apart\n", found.stderr
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, check=False)
+    assert result.stdout == "both devices kept apart\n", result.stderr

@@ -36,6 +36,7 @@ from transformers import (
 from growlib import GrowError, KIConfig, KIMixin, KITrainer, cache_teacher
 from growlib.ki import Targets, ki_loss, mixture
 from growlib.ki.head_access import NoHeadAccess, access_head, final_logits
+from growlib.ki.tasks import Positions
 
 CONSTANT = {"schedule": "constant", "stop_at": None, "alpha": 0.5}
 
@@ -218,6 +219,30 @@ def test_each_domain_has_its_teacher(tmp_path, cached):
     assert trainer.state.log_history[0]["ki/teacher_ce"] == pytest.approx(of_labels.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "times"), [("online", 1), ("top_k", 1), ("cache", 1), ("average", 1), ("domains", 3)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_positions_that_count_are_found_once_per_batch(tmp_path, monkeypatch, kind, times, smoothing):
+    """Not by teacher, cache and loss each; of each domain its own once more."""
+    rows, path = with_domains(examples(8)), tmp_path / "cache"
+    if kind == "cache":
+        cache_teacher(llama(1, hidden=8), examples(8), path, data_collator=collate)
+    ki = {
+        "online": {"teacher": llama(1)},
+        "top_k": {"teacher": llama(1), "top_k": 4},
+        "cache": {"teacher": path},
+        "average": {"teacher": (llama(1), llama(2))},
+        "domains": {"teacher": {"code": llama(1), "prose": llama(2)}, "domain": "source"},
+    }[kind]
+    options = {"label_smoothing_factor": smoothing, "remove_unused_columns": True}
+    trainer = train(tmp_path, llama(0), KIConfig(**ki, **CONSTANT), rows, **options)
+    trainer.model.train()
+    calls, at = [], Positions.at.__func__
+    monkeypatch.setattr(Positions, "at", classmethod(lambda cls, aligned: calls.append(aligned) or at(cls, aligned)))
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(20.0))
+    assert len(calls) == times
+
+
 def test_a_domain_without_a_teacher_is_named(tmp_path):
     ki = KIConfig(teacher={"code": llama(1)}, domain="source", **CONSTANT)
     with pytest.raises(GrowError, match=r"a domain that has no teacher\. Valid: 'code'"):
@@ -260,7 +285,7 @@ def test_generation_and_evaluation_know_no_domains(tmp_path):
         ),
         train_dataset=with_domains(examples(8)),
         data_collator=collate,
-        compute_metrics=lambda found: {"rows": len(found.predictions)},
+        compute_metrics=lambda predicted: {"rows": len(predicted.predictions)},
         ki=KIConfig(teacher={"code": t5(1)}, domain="source"),
     )
     assert trainer.evaluate(with_domains(examples(8)))["eval_rows"] == 8

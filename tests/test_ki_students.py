@@ -175,7 +175,7 @@ def test_models_without_a_language_models_loss_are_refused(tmp_path, make, says)
         train(tmp_path, make(0), half(llama(1)) if says.startswith("no") else half(make(1)), examples(8))
 
 
-def test_a_model_that_excludes_tokens_after_its_head_is_not_reached():
+def test_a_model_that_excludes_tokens_after_its_head_gives_no_access():
     class Excluding(LlamaForCausalLM):
         def forward(self, input_ids=None, **kwargs):
             outputs = super().forward(input_ids=input_ids, **kwargs)

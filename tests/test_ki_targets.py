@@ -136,7 +136,7 @@ def test_the_loss_is_the_divergence_that_the_treatment_names(tail, k, temperatur
 
 
 @given(k=st.integers(1, 23), seed=st.integers(0, 99))
-def test_a_bucket_is_a_lower_bound_of_the_full_divergence_and_meets_it(k, seed):
+def test_a_bucket_is_a_lower_bound_of_the_full_divergence_and_ends_there(k, seed):
     logits, student, labels = teacher(seed=seed), teacher(seed=seed + 1), torch.arange(5)
     full = ki_loss(student, labels, logits, alpha=1.0).loss
     bucket = ki_loss(student, labels, Targets.top_k(logits, k), alpha=1.0).loss
@@ -256,7 +256,7 @@ def test_a_mixture_of_sampled_teachers_weighs_their_divergences():
 
 
 @pytest.mark.parametrize("kind", ["dense", "bucket", "sampled"])
-def test_the_gate_listens_where_the_teacher_is_surer_of_the_label(kind):
+def test_the_gate_is_open_where_the_teacher_is_surer_of_the_label(kind):
     logits, student = teacher(200), teacher(200, seed=1)
     labels = logits.argmax(-1)
     labels[::3] = 0
@@ -267,10 +267,10 @@ def test_the_gate_listens_where_the_teacher_is_surer_of_the_label(kind):
     }[kind]
     known = torch.ones(200, dtype=torch.bool) if kind == "dense" else (targets.ids[:, :5] == labels[:, None]).any(1)
     p, q = (z.softmax(-1).gather(1, labels[:, None])[:, 0] for z in (logits, student))
-    listens = known & (p > q)
-    assert 20 < listens.sum() < 180
+    is_open = known & (p > q)
+    assert 20 < is_open.sum() < 180
     gated = ki_loss(student, labels, targets, alpha=0.7, gate=True)
     rows = [
-        ki_loss(student[i : i + 1], labels[i : i + 1], targets[i : i + 1], alpha=0.7 * listens[i]) for i in range(200)
+        ki_loss(student[i : i + 1], labels[i : i + 1], targets[i : i + 1], alpha=0.7 * is_open[i]) for i in range(200)
     ]
     torch.testing.assert_close(gated.loss, torch.stack([row.loss for row in rows]).mean())

@@ -1,4 +1,4 @@
-"""Which teachers are taken, which are refused and why, and how labels meet logits."""
+"""Which teachers are taken, which are refused and why, and how labels are aligned with logits."""
 
 import pytest
 import torch
@@ -115,7 +115,7 @@ def test_another_vocabulary_size_is_refused_without_proof(tmp_path, teacher_voca
         trainer(tmp_path, llama(0), KIConfig(teacher=llama(1, vocab=teacher_vocab)))
 
 
-def test_two_paddings_of_one_tokenizer_meet_on_the_tokenizer(tmp_path):
+def test_two_paddings_of_one_tokenizer_are_compared_on_its_ids(tmp_path):
     llama(1, hidden=8, vocab=VOCAB + 8).save_pretrained(tmp_path / "teacher")
     tokenizer(VOCAB - 2).save_pretrained(tmp_path / "teacher")
     taught = trainer(tmp_path, llama(0), KIConfig(teacher=tmp_path / "teacher"), tokenizer(VOCAB - 2))
