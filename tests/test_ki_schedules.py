@@ -1,5 +1,7 @@
 """The schedules with a name, and those of one's own."""
 
+import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -86,3 +88,11 @@ def test_training_follows_a_schedule_of_ones_own(tmp_path):
     assert asked == [0.0, 0.0, 0.25, 0.5, 0.75]  # the first is the check of the settings
     assert (parameters(students[0]) == parameters(students[1])).all()
     assert [log["ki/alpha"] for log in trainer.state.log_history if "ki/alpha" in log] == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_settings_with_a_function_are_copied_and_compared():
+    ki = KIConfig(teacher="x", schedule=abs, alpha=0.5)
+    assert copy.deepcopy(ki) == ki == KIConfig(**dataclasses.asdict(ki))
+    assert hash(ki) == hash(copy.copy(ki))
+    other = dataclasses.replace(ki, alpha=0.25)
+    assert (other.schedule, other.stop_at, other.alpha_at(0.5)) == (abs, None, 0.125)

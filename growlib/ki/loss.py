@@ -69,8 +69,9 @@ def ki_loss(
     labels_N, student_NV = labels_N[counted], student_logits.reshape(-1, student_logits.shape[-1])
     check_positions(len(student_NV), "the student's logits", labels.numel())
     student_NV = at_least_float32(student_NV[counted])
-    predictions = as_predictions(teacher, labels.numel()).rows(counted)
-    targets = targets_for(student_NV, predictions, temperature).detach()
+    with torch.no_grad():
+        predictions = as_predictions(teacher, labels.numel()).rows(counted)
+        targets = targets_for(student_NV, predictions, temperature)
     denominator = max(labels_N.numel(), 1) if num_items is None else num_items
     ce_N = F.cross_entropy(student_NV, labels_N, reduction="none", ignore_index=NO_LABEL)
     kd_N = kl_per_position(student_NV, targets)

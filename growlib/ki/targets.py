@@ -154,10 +154,6 @@ class Targets:
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
         return moved if dtype is None else moved._each(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
-    def detach(self) -> "Targets":
-        """Without a graph of autograd."""
-        return self._each(torch.Tensor.detach)
-
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
         return replace(
             self,
