@@ -1,6 +1,5 @@
 """Knowledge Inheritance inside the Hugging Face Trainer: the step it takes, what it costs, what it logs."""
 
-import gc
 import sys
 import weakref
 
@@ -145,6 +144,7 @@ def test_the_teacher_uses_no_random_numbers(tmp_path):
 
 
 def test_teacher_stops_and_is_freed_after_stop_at(tmp_path):
+    """At once, before Python's garbage collector runs."""
     llama(1, hidden=8).save_pretrained(tmp_path / "teacher")
     trainer = KITrainer(
         model=llama(0),
@@ -156,7 +156,6 @@ def test_teacher_stops_and_is_freed_after_stop_at(tmp_path):
     forwards = CountForwards(trainer._ki_provider.teacher.model)
     teacher = weakref.ref(trainer._ki_provider.teacher.model)
     trainer.train()
-    gc.collect()
     # Steps 0, 1, 2 of 10, two micro-batches each; and two passes at the first, to find the teacher's head.
     assert forwards.count == 3 * 2 + 2
     assert teacher() is None

@@ -44,8 +44,8 @@ class HeldOut(NamedTuple):
 class TeacherProvider(Protocol):
     """Gives the parts of a batch. `held_out` is None where the teacher's loss on held-out text cannot be known."""
 
-    held_out: HeldOut | None
-
+    @property
+    def held_out(self) -> HeldOut | None: ...
     def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]: ...
 
 
@@ -54,7 +54,10 @@ class OnlineProvider:
 
     def __init__(self, teacher: Teacher, config: KIConfig) -> None:
         self.teacher, self.config = teacher, config
-        self.held_out: HeldOut | None = HeldOut(teacher.common_vocab, None, self._ce_of)
+
+    @property
+    def held_out(self) -> HeldOut:  # stored, it would keep the teacher in memory after its last step
+        return HeldOut(self.teacher.common_vocab, None, self._ce_of)
 
     def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
         predictions, k = self.teacher.predict(batch, positions), self.config.top_k
@@ -92,7 +95,7 @@ class CacheProvider:
 class AverageProvider:
     """The average of several teachers' distributions."""
 
-    held_out: HeldOut | None = None
+    held_out = None
 
     def __init__(self, providers: list[TeacherProvider], weights: tuple[float, ...]) -> None:
         self.providers, self.weights = providers, weights
@@ -105,7 +108,7 @@ class AverageProvider:
 class DomainProvider:
     """One teacher per domain, for the rows of its domain (arXiv 2105.13880, section 4.4)."""
 
-    held_out: HeldOut | None = None
+    held_out = None
 
     def __init__(self, providers: Mapping[Any, TeacherProvider]) -> None:
         self.providers = providers
