@@ -182,8 +182,8 @@ class ChunkedTrainer(Trainer):
     ) -> Any:
         hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state[:, :-1]
         labels = inputs["labels"][:, 1:]
-        nobody = Targets(hidden.new_zeros(labels.numel(), 1), model.config.vocab_size, labels.reshape(-1, 1) * 0)
-        nobody = dataclasses.replace(nobody, treatment="none", tail=hidden.new_zeros(labels.numel()))
+        ids, logprobs = labels.reshape(-1, 1) * 0, hidden.new_zeros(labels.numel(), 1)
+        nobody = Targets(logprobs, model.config.vocab_size, ids, treatment="none")
         with self.compute_loss_context_manager():
             head = model.lm_head.weight
             return linear_ki_loss(hidden, head, labels, nobody, alpha=0.0, num_items=num_items_in_batch).loss

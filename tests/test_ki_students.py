@@ -167,7 +167,7 @@ def test_a_causal_model_whose_loss_does_not_shift(tmp_path):
     ("make", "says"),
     [
         (lambda seed: bart(BartForSequenceClassification, seed), "image classifier"),
-        (lambda _: torch.nn.Linear(2, 2), "no model of transformers"),
+        (lambda _: torch.nn.Linear(2, 2), "not a model of transformers"),
     ],
 )
 def test_models_without_a_language_models_loss_are_refused(tmp_path, make, says):

@@ -98,7 +98,6 @@ class Positions:
 
     @property
     def count(self) -> int:
-        """N."""
         return len(self.labels)
 
     @property

@@ -53,7 +53,7 @@ class RecordFormat:
 
     @property
     def steps(self) -> int:
-        """Of a stored log-probability."""
+        """How many values a stored log-probability can have, less one."""
         return (1 << 32 - self.id_bits) - 1
 
     @property
