@@ -272,7 +272,7 @@ def test_layers_of_another_kind_keep_their_place():
     assert error(small, big, input_ids=token_ids(small)) < 1e-5
 
 
-def test_what_the_judge_did_not_prove_is_said():
+def test_what_is_not_proven_is_said():
     small = randomise(T.BloomForCausalLM(T.BloomConfig(vocab_size=61, hidden_size=24, n_head=3, n_layer=2)), 0)
     plan = growlib.plan(small, {"hidden_size": 36})
     assert not plan.exact
