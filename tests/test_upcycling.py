@@ -5,7 +5,7 @@ import torch
 import transformers as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import randomise
+from tiny import randomise, tiny
 
 import growlib
 from growlib.cli import main
