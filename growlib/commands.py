@@ -169,9 +169,9 @@ def _check(model_type: str) -> int:
 
 def cache(options: argparse.Namespace) -> int:
     # Here, because it imports the Trainer, which the other commands do not need.
-    from growlib.ki.cache import cache_teacher, verify_cache
+    from growlib.ki import cache_teacher, verify_cache
     from growlib.ki.cache.data import padded, read_examples
-    from growlib.ki.heads import head_of
+    from growlib.ki.tasks import task_of
     from growlib.ki.teacher import tokenizer_at
 
     words = options.arguments
@@ -188,9 +188,9 @@ def cache(options: argparse.Namespace) -> int:
         return 0 if measured.sound else 1
     held_out = read_examples(options.held_out, tokenizer, options.length) if options.held_out else None
     model = checkpoint.load(teacher)
-    head, rows = head_of(model), chain(dataset or (), held_out or ())
-    if head != "causal" and any(row["labels"] is row["input_ids"] for row in rows):
-        wrong = f"there are no labels, and for a {head} model the tokens are none"
+    task, rows = task_of(model), chain(dataset or (), held_out or ())
+    if task != "causal" and any(row["labels"] is row["input_ids"] for row in rows):
+        wrong = f"there are no labels, and for a {task} model the tokens are none"
         raise GrowError(f"growlib cache {' '.join(words)}", wrong, "a .jsonl with labels; growlib.ki.MaskedExamples")
     written = cache_teacher(
         model,

@@ -20,10 +20,9 @@ _INVALID = (StrictDataclassError, OSError, ValueError, TypeError, KeyError)
 # Fields that say whose config it is, and those that a config derives from its layers.
 OWN_FIELDS = frozenset({"model_type", "architectures", "transformers_version", "dtype", "_name_or_path"})
 DERIVED_FIELDS = frozenset({"stage_names", "out_features", "out_indices"})
-# Fields that count layers up to a place in the stack, and names of those that list layers by their numbers.
-THRESHOLDS = frozenset(
-    {"max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "moe_layer_end_index"}
-)
+# Fields that count layers up to a place in the stack, and names of those that list layers by their numbers. Those whose
+# layers have other tensors (first_k_dense_replace) stay: the planner gives each place a layer of its kind.
+THRESHOLDS = frozenset({"max_window_layers"})
 _NUMBERS = re.compile(r"idx|ind(ices|exes)|_layers$|layer_ids")
 # Fields that do not change what a model computes in eval mode (dropout aside).
 NO_FUNCTION = OWN_FIELDS | {

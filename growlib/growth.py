@@ -9,12 +9,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib import checkpoint, config, operators, upcycling
 from growlib.apply import apply
+from growlib.architectures.schema import Architecture, Growth
 from growlib.checkpoint import Source, dtype_of, logger
 from growlib.config import Target
 from growlib.costs import bytes_of
 from growlib.errors import GrowError
 from growlib.growth_plan import GrowthPlan, Skeleton
-from growlib.inference import architecture_of, fields
+from growlib.inference import architecture_of, fields, why_not
 from growlib.limits import refuse_impossible, refuse_without_memory
 from growlib.operators import Method
 from growlib.planner import Request, layer_map, make_plan
@@ -53,7 +54,7 @@ def plan_of(
         if chosen.reset:
             raise GrowError(f"method {chosen.name!r}", "the target has no experts to make", "the config of a mixture")
         wide = checkpoint.skeleton_of(model_class, target)
-        growth = make_plan(Request(table, chosen, seed, source, wide, effect_of))
+        growth = _checked(make_plan(Request(table, chosen, seed, source, wide, effect_of)), table, model_class)
         return replace(growth, dtype=_dtype_in(target_config))
     mixture, dense = upcycling.decide(model_class, source.config, target, table, chosen, seed)
     wide = checkpoint.skeleton_of(model_class, dense)
@@ -61,6 +62,17 @@ def plan_of(
     mixture_class = checkpoint.class_like(model_class, source.config.model_type, target)
     growth = upcycling.joined(growth, mixture, checkpoint.skeleton_of(mixture_class, target))
     return replace(growth, dtype=_dtype_in(target_config))
+
+
+def _checked(growth: GrowthPlan, table: Architecture, model_class: type[PreTrainedModel]) -> GrowthPlan:
+    """The plan, with a reason where a tiny model contradicts what an inferred table claims."""
+    if growth.reasons or not table.proven or not growth.grows:
+        return growth
+    old, new, axes = growth.old_sizes, growth.new_sizes, growth.roles
+    kinds = {Growth.of(n, old[n], new[n]) if n in axes else Growth(n, "deeper") for n in growth.grows}
+    why = why_not(growth.source, model_class, table, frozenset(kinds))
+    reason = f"a growth of this kind is not proven for {table.model_type}: {why}"
+    return replace(growth, reasons=(reason,)) if why else growth
 
 
 def expand(

@@ -92,6 +92,7 @@ class Mixture:
     deviation: float  # of the router's rows and of other new matrices
     reset: float = 0.0  # the share of each expert's units that starts anew
     reasons: tuple[str, ...] = ()  # why the mixture is not what the dense model was
+    notes: tuple[str, ...] = ()  # what a training of it should know
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,12 +100,14 @@ class Mixture:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Mixture":
         made = (ExpertTensor(t["name"], t["part"], tuple(t["shape"]), tuple(t["sources"])) for t in data["tensors"])
-        return cls(**{**data, "tensors": tuple(made), "reasons": tuple(data["reasons"])})
+        lists = {name: tuple(data[name]) for name in ("reasons", "notes")}
+        return cls(**{**data, "tensors": tuple(made), **lists})
 
     def __str__(self) -> str:
         copies, shards = self.experts // self.shards, self.shards
         split = f"{copies} copies of {shards} shards of it" if shards > 1 else f"{copies} copies of it"
-        return f"then each feed-forward layer becomes {self.experts} experts, {split}, of which {self.per_token} act"
+        then = f"then each feed-forward layer becomes {self.experts} experts, {split}, of which {self.per_token} act"
+        return "\n  ".join((then, *(f"note: {note}" for note in self.notes)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Why a growth is not known to preserve the function: growths without a proof, and config fields that change it."""
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,9 +34,9 @@ def of_architecture(
         kind = Growth.of(name, old[name], new[name]) if name in table.axes else Growth(name, "deeper")
         verdict = table.proven.get(kind, Verdict("refused", "it was not tried"))
         if not verdict.exact:
-            unproven[verdict.why].append(table.axes[name].size if name in table.axes else name)
-    sizes = table.size_fields() - table.follows.keys()
-    several = sum(getattr(source, field, None) != getattr(target, field, None) for field in sizes) > 1
+            words = re.findall(r"[a-z_]\w*", table.axes[name].size) if name in table.axes else [name]
+            unproven[verdict.why] += [word for word in words if _changes(source, target, word)]
+    several = sum(_changes(source, target, field) for field in table.size_fields() - table.follows.keys()) > 1
     together = table.proven.get(EVERYTHING, EXACT)
     if several and not together.exact:
         unproven[together.why].append("several sizes at once")
@@ -43,6 +44,10 @@ def of_architecture(
         f"growth of {' and '.join(dict.fromkeys(names))} is not proven for {table.model_type}: {why}"
         for why, names in unproven.items()
     ]
+
+
+def _changes(source: PreTrainedConfig, target: PreTrainedConfig, field: str) -> bool:
+    return getattr(source, field, None) != getattr(target, field, None)
 
 
 def _follows_layers(old: Any, new: Any, stack: LayerMap) -> bool:

@@ -34,6 +34,8 @@ from growlib.operators import Method
 from growlib.operators.drop_upcycling import resets
 from growlib.outputs import TOLERANCE, distance, inputs_of, outputs
 
+NO_GRADIENT = 1e-6  # of the largest gradient: rounding
+
 
 def decide(
     model_class: type[PreTrainedModel],
@@ -55,13 +57,28 @@ def decide(
     table = architecture_of(target, mixture_class)
     made = _mixture(asked, source, dense, table, skeleton_of(mixture_class, target), seed)
     config = dense_config(source, dense, target, made.shards * made.units)
-    reasons = _measured(asked, model_class, source, target, made, dense, table)
+    tiny, grown = _tiny_pair(asked, model_class, source, target, made, dense, table)
+    worst = distance(*(outputs(model, inputs_of(tiny)) for model in (tiny, grown))).relative
+    reasons = [] if worst <= TOLERANCE else [_why(target, made, worst)]
     if method.reset:
         reasons.append(f"{method.name} starts a share of each expert's units anew")
-    return replace(made, reset=method.reset, reasons=tuple(reasons)), config
+    routers = {re.sub(r"\.\d+\.", ".*.", tensor.name) for tensor in made.tensors if tensor.part == "router"}
+    learning = _learning(tiny_model(mixture_class, grown.config))  # whose experts differ, as in training they will
+    silent = routers - {re.sub(r"\.\d+\.", ".*.", name) for name in learning}
+    notes = [f"{name} cannot learn: with per_token={made.per_token} it changes no output" for name in silent]
+    return replace(made, reset=method.reset, reasons=tuple(reasons), notes=tuple(sorted(notes))), config
 
 
-def _measured(
+def _learning(model: PreTrainedModel) -> list[str]:
+    """The parameters that get a gradient beyond rounding, of a loss that reads all outputs."""
+    with torch.enable_grad():
+        model(**inputs_of(model)).logits.square().mean().backward()
+    sizes = {name: p.grad.abs().max().item() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return [name for name, size in sizes.items() if size > NO_GRADIENT * max(sizes.values())]
+
+
+def _tiny_pair(
     asked: str,
     model_class: type[PreTrainedModel],
     source: PreTrainedConfig,
@@ -69,8 +86,8 @@ def _measured(
     made: Mixture,
     dense: Architecture,
     table: Architecture,
-) -> list[str]:
-    """Why a tiny model that is made a mixture in the same way computes something else; empty where it does not."""
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A tiny dense model, and the mixture that is made of it in the same way."""
     mixture_class = class_like(model_class, source.model_type, target)
     small = tiny_config(target, mixture_class)
     units = min(made.shards, table.sizes(small)["per_token"]) * table.sizes(small)["expert_ffn"]
@@ -80,8 +97,7 @@ def _measured(
     grown = empty_model(tiny, small, torch.float32, mixture_class)
     _check_places(asked, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, skeleton(grown))
     fill(grown, tensors.items())
-    worst = distance(*(outputs(model, inputs_of(tiny)) for model in (tiny, grown))).relative
-    return [] if worst <= TOLERANCE else [_why(target, made, worst)]
+    return tiny, grown
 
 
 def _why(target: PreTrainedConfig, made: Mixture, worst: float) -> str:

@@ -49,7 +49,8 @@ from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki import Projection, Targets, TeacherCache, ki_loss, linear_ki_loss
 from growlib.ki.cache.data import Blocks
 from growlib.ki.cache.examples import examples_of
-from growlib.ki.cache.shards import FORMAT, Entry, Header, shard_path, write_header, write_shard
+from growlib.ki.cache.shards import FORMAT, Header, StoredExample, shard_path, write_header, write_shard
+from growlib.ki.tasks import Positions
 
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
@@ -181,8 +182,8 @@ class ChunkedTrainer(Trainer):
     ) -> Any:
         hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state[:, :-1]
         labels = inputs["labels"][:, 1:]
-        nobody = Targets(hidden.new_zeros(labels.numel(), 1), model.config.vocab_size, labels.reshape(-1, 1) * 0)
-        nobody = dataclasses.replace(nobody, treatment="none", tail=hidden.new_zeros(labels.numel()))
+        ids, logprobs = labels.reshape(-1, 1) * 0, hidden.new_zeros(labels.numel(), 1)
+        nobody = Targets(logprobs, model.config.vocab_size, ids, treatment="none")
         with self.compute_loss_context_manager():
             head = model.lm_head.weight
             return linear_ki_loss(hidden, head, labels, nobody, alpha=0.0, num_items=num_items_in_batch).loss
@@ -237,12 +238,12 @@ def bench_reading(sizes: Sizes, folder: Path) -> Row:
         FORMAT, None, "random", None, "causal", sizes.vocab, TOP_K, SAMPLES, temperature=1.0, seed=0,
         examples=len(rows), dataset="random", shard_examples=len(rows), batch_size=1, held_out_ce=None,
     )  # fmt: skip
-    width = header.layout.bytes_per_position
+    width = header.record_format.bytes_per_position
     folder.mkdir()
     write_header(folder, header)
-    found = [examples_of(row, "causal")[0] for row in rows]
+    found = [examples_of(row, "causal", Positions.of(row, "causal"))[0] for row in rows]
     records = [random.integers(0, 100, (example.counted, width), np.uint8) for example in found]
-    shard = [Entry(example.digest, 0.0, len(part), part) for example, part in zip(found, records, strict=True)]
+    shard = [StoredExample(example.digest, 0.0, len(part), part) for example, part in zip(found, records, strict=True)]
     write_shard(shard_path(folder, 0), header.key, shard)
     cache = TeacherCache(folder)
     batches = [ids[torch.from_numpy(random.permutation(sizes.examples)[:16])] for _ in range(20)]

@@ -21,7 +21,7 @@ from base.lab import Lab
 from base.setting import Setting
 from growlib import GrowError
 from growlib.ki import Targets, linear_ki_loss
-from growlib.ki.cache.records import Layout
+from growlib.ki.cache.records import RecordFormat
 
 ESTIMATORS = {  # (exact tokens, draws, tail)
     "top-28, renormalised": (28, 0, "renorm_teacher"),
@@ -80,7 +80,7 @@ def angles(setting: Setting, folder: Path) -> study.Rows:
             targets = Targets.sample(logits, top_k, samples, seed=setting.seed)
         else:
             targets = Targets.top_k(logits, top_k, tail=tail)
-        rows[name] = {"bytes": Layout(logits.shape[1], top_k, samples, 1.0).bytes_per_position}
+        rows[name] = {"bytes": RecordFormat(logits.shape[1], top_k, samples, 1.0).bytes_per_position}
         for count in counts:
             rows[name][f"{count}"] = angle(gradient(hidden[:count], weight, targets[:count]), full[count])
     return rows

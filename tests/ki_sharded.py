@@ -11,10 +11,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from growlib import GrowError, KIConfig, KITrainer, cache_teacher
-from growlib.ki.guide import Part
-from growlib.ki.hidden import reach
+from growlib.ki.head_access import access_head
+from growlib.ki.providers import Part
 from growlib.ki.step import Step, linear_step
 from growlib.ki.targets import Targets
+from growlib.ki.tasks import Positions
 
 folder = Path(sys.argv[1])
 rows, teacher = examples(16), llama(1, hidden=8)
@@ -27,7 +28,7 @@ student = llama(0, num_hidden_layers=2)
 trainer = KITrainer(model=student, args=arguments(folder, **options), train_dataset=rows, data_collator=collate, ki=ki)
 trainer.train()
 assert trainer.accelerator.num_processes == 2
-assert trainer._ki_path.reach is not None
+assert trainer._ki_loss_form.access is not None
 trained = {name: p.detach().clone() for name, p in student.named_parameters()}
 
 # FSDP2: parameters are split; the head is whole only inside the root's forward pass.
@@ -39,12 +40,11 @@ assert all(isinstance(p, DTensor) for p in split.parameters())
 batch = collate(rows[trainer.args.process_index :: 2])
 with torch.no_grad():
     logits = teacher(**batch).logits.flatten(0, 1)
-labels = shifted(batch["labels"]).flatten()
-counted = labels != -100
 unlabelled = {"input_ids": batch["input_ids"]}
-part = Part(None, Targets.dense(logits[counted]), None)
-step = Step([part], labels[counted], counted, 0.5, KIConfig(teacher=teacher))
-loss, _ = linear_step(step, reach(split, split, unlabelled), split, unlabelled, 0.01)
+positions = Positions.at(shifted(batch["labels"]))
+part = Part(None, Targets.dense(logits[positions.flat]), None)
+step = Step([part], positions, 0.5, KIConfig(teacher=teacher))
+loss, _ = linear_step(step, access_head(split, split, unlabelled), split, unlabelled, 0.01)
 loss.backward()
 gradients = {name: p.grad.full_tensor() for name, p in split.named_parameters()}
 if trainer.is_world_process_zero():

@@ -11,10 +11,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from growlib.ki import KIConfig, Projection, Targets
-from growlib.ki.guide import Online
-from growlib.ki.hidden import Reach
+from growlib.ki.head_access import HeadAccess
 from growlib.ki.linear import linear_ki_sums
-from growlib.ki.targets import Blend, rows_of
+from growlib.ki.predictions import Mixture
+from growlib.ki.providers import OnlineProvider
+from growlib.ki.tasks import Positions
 from growlib.ki.teacher import Teacher
 
 _setup_privateuseone_for_python_backend("second")
@@ -24,8 +25,8 @@ with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
     near = Targets.dense(torch.randn(10, 20))
     student = Projection(torch.randn(10, 4).requires_grad_(), torch.randn(20, 4).requires_grad_())
     labels = torch.zeros(10, dtype=torch.int64)
-    for source in (far, Targets.dense(far.logits()), Targets.top_k(far, 4), Blend((far, near), (0.5, 0.5))):
-        assert rows_of(source, slice(0, 2), 1.0, cpu).logprobs.device == cpu
+    for source in (far, Targets.dense(far.logits()), Targets.top_k(far, 4), Mixture((far, near), (0.5, 0.5))):
+        assert source.rows(slice(0, 2)).targets(1.0, cpu).logprobs.device == cpu
         linear_ki_sums(student, labels, source, 0.5, temperature=1.0).loss.backward()
 
     for module in teacher.modules():
@@ -35,10 +36,11 @@ with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         for name, buffer in module._buffers.items():
             module._buffers[name] = torch.empty(buffer.shape, device="second")
     placed = Teacher(teacher, VOCAB)
-    placed._reach_known = True  # without values nothing can be proven
+    placed._access_known = True  # without values nothing can be proven
     batch = dict.fromkeys(("input_ids", "labels"), torch.ones(2, 5, dtype=torch.int64))
-    for placed._reach in (None, Reach(teacher.lm_head, 1.0, None)):
-        (part,) = Online(placed, KIConfig(teacher=teacher)).parts(batch)
-        assert rows_of(part.source, slice(0, 2), 1.0, cpu).logprobs.device == cpu
-    assert placed.at_labels(batch)[0].device == torch.device("second", 0)
+    positions = Positions.of(batch, "causal")
+    for placed._access in (None, HeadAccess(teacher.lm_head, 1.0, None)):
+        (part,) = OnlineProvider(placed, KIConfig(teacher=teacher)).parts(batch, positions)
+        assert part.predictions.rows(slice(0, 2)).targets(1.0, cpu).logprobs.device == cpu
+    assert placed.predict(batch, positions).device == torch.device("second", 0)
 print("both devices kept apart")

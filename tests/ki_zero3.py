@@ -30,7 +30,7 @@ trainer = KITrainer(
 )
 trainer.train()
 assert trainer.accelerator.num_processes == 2
-assert trainer._ki_path.reach is not None
+assert trainer._ki_loss_form.access is not None
 assert all(parameter.numel() == 0 for parameter in student.parameters())
 with deepspeed.zero.GatheredParameters(list(student.parameters())):
     trained = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}

@@ -21,7 +21,8 @@ from tiny import tiny
 from torch import nn
 
 import growlib
-from growlib import GrowError, checkpoint, limits
+from growlib import GrowError, checkpoint, inference, limits
+from growlib.architectures.schema import to_table
 from growlib.cli import main
 from growlib.folders import INDEX, new_folder
 
@@ -647,3 +648,80 @@ def test_thresholds_follow_the_layers(depth, threshold):
     assert plan.config.layer_types == [small.config.layer_types[layer] for layer in sources]
     rebuilt = T.Qwen2Config(**{**plan.config.to_dict(), "layer_types": None})
     assert rebuilt.layer_types == plan.config.layer_types
+
+
+# Verdicts on disk
+
+CLAIMS = {
+    "nothing": lambda stored: [],
+    "null": lambda stored: None,
+    "a number": lambda stored: 7,
+    "no table": lambda stored: {"checksum": "x"},
+    "a table of another shape": lambda stored: {**stored, "table": {"axes": 3}},
+    "rows alone": lambda stored: stored["table"],
+}
+
+
+@pytest.fixture
+def verdicts(tmp_path, monkeypatch):
+    """A class whose verdict lies on disk, and a way to read it anew."""
+    monkeypatch.setenv("GROWLIB_CACHE", str(tmp_path / "verdicts"))
+    monkeypatch.setattr(inference, "_inferred", {})
+    monkeypatch.setattr(inference, "_checked", {})
+    inference.infer(T.OlmoConfig())
+    (path,) = (tmp_path / "verdicts").iterdir()
+
+    def read_again(content):
+        inference._inferred.clear()
+        inference._checked.clear()
+        path.write_text(content)
+        return inference.infer(T.OlmoConfig())
+
+    return path, read_again
+
+
+@pytest.mark.parametrize("kind", CLAIMS)
+def test_a_verdict_that_is_not_what_was_written_is_proven_again(kind, verdicts):
+    path, read_again = verdicts
+    stored = json.loads(path.read_text())
+    table = to_table(inference._inferred.popitem()[1])
+    assert to_table(read_again(json.dumps(CLAIMS[kind](stored)))) == table
+    assert json.loads(path.read_text()) == stored
+
+
+def test_a_verdict_that_claims_more_is_proven_again(verdicts):
+    path, read_again = verdicts
+    stored = json.loads(path.read_text())
+    claimed = json.loads(path.read_text())
+    for growth in claimed["table"]["proven"]:
+        growth[1] = ["exact", ""]
+    assert claimed != stored
+    assert to_table(read_again(json.dumps(claimed)))["proven"] == stored["table"]["proven"]
+
+
+def test_a_forged_verdict_makes_no_false_plan(verdicts):
+    """Even with a checksum that fits: the growth in question is tried where the verdict is used."""
+    path, read_again = verdicts
+    forged = json.loads(path.read_text())
+    wrong = [growth for growth in forged["table"]["proven"] if growth[1][0] == "inexact"]
+    assert wrong
+    for growth in wrong:
+        growth[1] = ["exact", ""]
+    for name, axis in forged["table"]["axes"].items():
+        axis["role"] = "linear" if name == "ffn" else axis["role"]  # softens nothing: only what is claimed is wrong
+    forged["table"]["axes"]["hidden"]["role"] = "elementwise"
+    forged["checksum"] = inference._checksum(forged["table"])
+    read_again(json.dumps(forged))
+    small = T.OlmoForCausalLM(T.OlmoConfig(**SHAPE))
+    for growth in ({"hidden_size": 64}, {"hidden_size": 48}):
+        with suppress(GrowError):
+            plan = growlib.plan(small, growth)
+            assert not plan.exact or growlib.verify(small, growlib.expand(small, plan)).exact
+
+
+def test_no_home_is_no_obstacle():
+    code = "import pathlib\ndef home(cls): raise RuntimeError('no home')\npathlib.Path.home = classmethod(home)\n"
+    code += "import growlib, transformers as T\ngrowlib.infer(T.OlmoConfig())\nimport growlib.ki\n"
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "GROWLIB_CACHE")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

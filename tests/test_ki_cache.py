@@ -21,6 +21,7 @@ from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki import MaskedExamples, Targets, TeacherCache, verify_cache
 from growlib.ki.cache.data import padded
 from growlib.ki.cache.examples import examples_of
+from growlib.ki.tasks import Positions
 
 ROWS = examples(40)
 
@@ -164,11 +165,11 @@ def test_any_flipped_byte_is_named(tmp_path):
             (damaged / path.name).write_bytes(content)
             try:
                 cache = TeacherCache(damaged)
-                found = [cache.read(batch)[0].logprobs for batch in batches]
+                read = [cache.read(batch)[0].logprobs for batch in batches]
             except GrowError as error:
                 refused += path.name in str(error)
             else:  # spaces of a JSON header
-                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+                assert all(torch.equal(a, b) for a, b in zip(read, expected, strict=True))
                 refused += 1
             shutil.rmtree(damaged)
     assert refused == 4 * 15
@@ -178,9 +179,9 @@ def test_a_teacher_that_was_cast_is_verified_as_it_was_cast(tmp_path):
     llama(1, hidden=8).save_pretrained(tmp_path / "teacher")
     folder = tmp_path / "cache"
     cache_teacher(tmp_path / "teacher", ROWS, folder, data_collator=collate, dtype=torch.bfloat16)
-    found = verify_cache(folder, tmp_path / "teacher", ROWS, data_collator=collate)
-    assert found.sound
-    assert found.compared > 0
+    result = verify_cache(folder, tmp_path / "teacher", ROWS, data_collator=collate)
+    assert result.sound
+    assert result.compared > 0
     with pytest.raises(GrowError, match="dtype = None and not 'bfloat16'"):
         cache_teacher(tmp_path / "teacher", ROWS, folder, data_collator=collate, dtype=None)
 
@@ -192,7 +193,7 @@ def test_another_teacher_tokenizer_or_dataset_is_named_when_the_cache_is_used(tm
         verify_cache(folder, llama(2, hidden=8))
     with pytest.raises(GrowError, match="41 examples and the cache 40"):
         verify_cache(folder, llama(1, hidden=8), examples(41), data_collator=collate)
-    with pytest.raises(GrowError, match="tokenizer is another"):
+    with pytest.raises(GrowError, match="written with another tokenizer"):
         KITrainer(
             model=llama(0), args=arguments(tmp_path), ki=KIConfig(teacher=folder), processing_class=tokenizer(VOCAB - 1)
         )
@@ -240,10 +241,10 @@ def test_a_cache_that_does_not_fit_the_student_is_refused(tmp_path, student, opt
         ({"shard_examples": 0}, "shard_examples=0.* 1 or more"),
         ({"vocab": VOCAB + 1}, f"1 to {VOCAB}"),
         ({"rows": ["dear", "reader"]}, "an example is a str.* a dict"),
-        ({"model": "folder", "head": "decoder"}, "causal, masked, seq2seq, image"),
+        ({"model": "folder", "task": "decoder"}, "causal, masked, seq2seq, image"),
         ({"vocab": 0}, f"1 to {VOCAB}"),
         ({"samples": -1}, "samples=-1.* 0 or more"),
-        ({"top_k": 1.5}, "top_k=1.5.* no whole number"),
+        ({"top_k": 1.5}, "top_k=1.5.* not a whole number"),
         ({"seed": 1 << 63}, "seed=.* out of range"),
         ({"temperature": "1"}, "temperature='1'"),
         ({"model": torch.nn.Linear(2, 2)}, "the teacher is a Linear"),
@@ -263,7 +264,7 @@ def test_what_cannot_be_cached_is_refused_before_anything_is_written(tmp_path, c
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(GrowError, match="something else stands there"):
+    with pytest.raises(GrowError, match="the folder holds other files"):
         write(tmp_path)
 
 
@@ -322,10 +323,10 @@ def test_after_stop_at_the_cache_is_read_no_more(tmp_path, monkeypatch):
     write(tmp_path / "cache")
     reads = []
     read = TeacherCache.read
-    monkeypatch.setattr(TeacherCache, "read", lambda self, batch: reads.append(1) or read(self, batch))
+    monkeypatch.setattr(TeacherCache, "read", lambda self, *batch: reads.append(1) or read(self, *batch))
     trainer = train(tmp_path, llama(0), KIConfig(teacher=tmp_path / "cache", stop_at=0.3), ROWS, max_steps=10)
     assert len(reads) == 3
-    assert trainer._ki_guide is None
+    assert trainer._ki_provider is None
 
 
 def test_random_masks_are_refused(tmp_path):
@@ -361,7 +362,7 @@ def test_masks_come_from_seed_epoch_and_example(tmp_path):
         tmp_path, student, KIConfig(teacher=tmp_path / "cache", stop_at=1.0), masked, max_steps=20,
         logging_strategy="steps", logging_steps=1,
     )  # fmt: skip
-    assert sum("ki/kd" in log for log in trainer.state.log_history) == 20  # four epochs, every example was found
+    assert sum("ki/kd" in log for log in trainer.state.log_history) == 20  # four epochs, every example is in the cache
 
 
 def test_examples_without_a_counted_position_need_no_targets(tmp_path):
@@ -376,4 +377,4 @@ def test_labels_on_padding_are_refused():
     batch = padded([{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}, {"input_ids": [3], "labels": [3]}])
     batch["labels"][:] = 2
     with pytest.raises(GrowError, match="-100 on padding"):
-        examples_of(batch, "masked")
+        examples_of(batch, "masked", Positions.of(batch, "masked"))

@@ -40,7 +40,7 @@ def test_a_folder_is_of_text_whatever_its_name(tmp_path):
     words = tokenizer(8)
     words.eos_token = "word0"
     assert len(read_examples(tmp_path / "x.npy", words, length=2)) == 1
-    with pytest.raises(GrowError, match="length=1 nothing is predicted"):
+    with pytest.raises(GrowError, match="length=1 has no token to predict"):
         read_examples(tmp_path / "x.npy", words, length=1)
 
 
@@ -55,12 +55,12 @@ def array(content, **options):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("x.npy", lambda path: path.write_bytes(b""), "no array of numbers"),
-        ("x.npy", lambda path: path.write_bytes(b"dear reader"), "no array of numbers"),
-        ("x.npy", array(np.array([{}]), allow_pickle=True), "no array of numbers"),
+        ("x.npy", lambda path: path.write_bytes(b""), "not an array of numbers"),
+        ("x.npy", lambda path: path.write_bytes(b"dear reader"), "not an array of numbers"),
+        ("x.npy", array(np.array([{}]), allow_pickle=True), "not an array of numbers"),
         ("x.npy", array(IDS / 2), "float64"),
         ("x.npy", array(IDS[:, :0]), r"\(3, 0\)"),
-        ("x.jsonl", lambda path: path.write_bytes(b"\xff\xfe"), "no UTF-8"),
+        ("x.jsonl", lambda path: path.write_bytes(b"\xff\xfe"), "not UTF-8"),
         ("x.jsonl", lambda path: path.write_text("\n\n"), "it is empty"),
         *(
             ("x.jsonl", lambda path, line=line: path.write_text('{"input_ids": [1]}\n' + line), "line 2")

@@ -1,5 +1,6 @@
 """A cache's files: what is in them, and what happens when the disk, another process or a person interferes."""
 
+import json
 import os
 import resource
 import shutil
@@ -90,6 +91,18 @@ def test_the_teachers_ce_is_a_mean_over_the_labels_that_it_knows(tmp_path):
     assert logs[0]["ki/teacher_ce"] == expected
 
 
+def test_a_cache_of_another_format_is_refused_and_left_alone(tmp_path):
+    """Such as format 2, whose header has a `head`."""
+    folder = write(tmp_path / "cache").path
+    fields = json.loads((folder / "header.json").read_text())
+    (folder / "header.json").write_text(json.dumps({**fields, "format": 2, "head": fields.pop("task")}))
+    before = bytes_of(folder)
+    for use in (TeacherCache, write, lambda path: train(tmp_path, llama(0), KIConfig(teacher=path), ROWS)):
+        with pytest.raises(GrowError, match=r"is not of format 3.* write the cache again, into a new folder"):
+            use(folder)
+    assert bytes_of(folder) == before
+
+
 @pytest.mark.parametrize("leftover", ["header.json", ".header.json-7", ".shard-00000.safetensors-7"])
 def test_a_call_that_ended_before_its_first_shard_leaves_nothing_in_the_way(tmp_path, leftover):
     expected = bytes_of(write(tmp_path / "whole").path)
@@ -123,7 +136,7 @@ def test_logits_that_are_no_numbers_are_named_and_not_written(tmp_path):
 def test_held_out_logits_are_computed_in_chunks(tmp_path, monkeypatch):
     sizes, logits = [], Projection.logits
     monkeypatch.setattr(Projection, "logits", lambda self: sizes.append(len(self.hidden)) or logits(self))
-    monkeypatch.setattr("growlib.ki.cache.source.CHUNK_BYTES", 1)
+    monkeypatch.setattr("growlib.ki.linear.CHUNK_BYTES", 1)
     write(tmp_path / "cache", held_out=ROWS, batch_size=40)
     assert max(sizes[1:]) == 16  # the first are those that prove the head
 
@@ -136,10 +149,10 @@ def test_settings_of_any_type_of_number_are_the_same_settings(tmp_path, monkeypa
     assert train(tmp_path, llama(0), KIConfig(teacher="~/cache"), ROWS).state.global_step == 1
 
 
-@pytest.mark.parametrize(("maker", "head"), [(llama, "causal"), (bert, "masked"), (t5, "seq2seq")])
-def test_a_folder_is_loaded_as_its_config_names(tmp_path, maker, head):
+@pytest.mark.parametrize(("maker", "task"), [(llama, "causal"), (bert, "masked"), (t5, "seq2seq")])
+def test_a_folder_is_loaded_as_its_config_names(tmp_path, maker, task):
     maker(1, hidden=8).save_pretrained(tmp_path / "teacher")
-    assert write(tmp_path / "cache", tmp_path / "teacher", ROWS[:4]).header.head == head
+    assert write(tmp_path / "cache", tmp_path / "teacher", ROWS[:4]).header.task == task
 
 
 def test_a_disk_that_refuses_is_named_and_what_is_finished_stays(tmp_path):

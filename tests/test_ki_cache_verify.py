@@ -29,7 +29,7 @@ def test_a_teacher_that_is_given_is_not_cast(tmp_path):
     teacher = llama(1, hidden=8)
     teacher.save_pretrained(tmp_path / "teacher")
     cache = write(tmp_path / "cache", tmp_path / "teacher", dtype=torch.bfloat16)
-    with pytest.raises(GrowError, match=r"in torch.float32, and wrote it in torch.bfloat16"):
+    with pytest.raises(GrowError, match=r"in torch.float32, and the cache was written in torch.bfloat16"):
         verify(cache, teacher, ROWS)
     assert teacher.dtype == torch.float32
     assert verify(cache, teacher.bfloat16(), ROWS).sound
@@ -56,5 +56,5 @@ def test_a_changed_or_shuffled_dataset_is_named_with_and_without_a_teacher(tmp_p
 def test_another_tokenizer_is_named(tmp_path):
     cache = write(tmp_path / "cache", tokenizer=tokenizer(VOCAB))
     verify(cache, tokenizer=tokenizer(VOCAB))
-    with pytest.raises(GrowError, match="tokenizer is another"):
+    with pytest.raises(GrowError, match="written with another tokenizer"):
         verify(cache, tokenizer=tokenizer(VOCAB - 1))

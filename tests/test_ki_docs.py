@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from growlib.ki import SCHEDULES, TREATMENTS
+
 DOCS = Path(__file__).parents[1] / "docs"
-GUIDES = {"ki.md": 2, "ki-cache.md": 1, "ki-integration.md": 8}
+GUIDES = {"ki.md": 3, "ki-cache.md": 1, "ki-integration.md": 8}
 
 
 @pytest.mark.parametrize("name", GUIDES)
@@ -20,3 +22,9 @@ def test_a_guide_runs_from_top_to_bottom(name):
             warnings.simplefilter("ignore")
         for block in blocks:
             exec(compile(block, f"docs/{name}", "exec"), guide)
+
+
+def test_the_guides_name_every_schedule_and_treatment():
+    schedules, treatments = ((DOCS / name).read_text(encoding="utf-8") for name in ("ki.md", "ki-cache.md"))
+    assert not [name for name in SCHEDULES if f"`{name}`" not in schedules]
+    assert not [name for name in TREATMENTS if f"| `{name}` |" not in treatments]

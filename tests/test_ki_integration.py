@@ -20,12 +20,12 @@ from transformers import (
 
 from growlib import GrowError, KIConfig, KIMixin, KITrainer, cache_teacher
 from growlib.ki import Targets, ki_loss
-from growlib.ki.heads import head_of
+from growlib.ki.tasks import task_of
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_peft_student_learns_through_its_adapters(tmp_path):
-    """The frozen head is reached through the wrapper; the step on the adapters is the hand-written one."""
+    """There is access to the frozen head through the wrapper; the step on the adapters is the hand-written one."""
     import peft
 
     rows, teacher = examples(8), llama(1, hidden=8)
@@ -45,7 +45,7 @@ def test_a_peft_student_learns_through_its_adapters(tmp_path):
     taught = student()
     frozen = taught.get_base_model().lm_head.weight.clone()
     trainer = train(tmp_path, taught, half(teacher), rows)
-    assert trainer._ki_path.reach is not None
+    assert trainer._ki_loss_form.access is not None
     stepped = torch.cat([p.detach().reshape(-1) for p in taught.parameters() if p.requires_grad])
     torch.testing.assert_close(stepped, by_hand, rtol=1e-5, atol=1e-6)
     assert torch.equal(frozen, taught.get_base_model().lm_head.weight)
@@ -77,7 +77,7 @@ def test_trls_sft_trainer_with_a_teacher(tmp_path):
     rows = datasets.Dataset.from_dict({"input_ids": ids})
     trainer = taught_sft(tmp_path, rows, half(llama(1, hidden=8)), dataset_kwargs={"skip_prepare_dataset": True})
     trainer.train()
-    assert trainer._ki_path.reach is not None
+    assert trainer._ki_loss_form.access is not None
     logs = [log for log in trainer.state.log_history if "ki/kd" in log]
     assert len(logs) == 2
     assert logs[0]["ki/alpha"] == 0.5
@@ -114,7 +114,7 @@ def test_a_compiled_student_takes_the_same_steps_in_two_graphs(tmp_path, caplog)
     with caplog.at_level(logging.WARNING, "growlib"):
         trainer = train(tmp_path, compiled, ki, rows, torch_compile=True, torch_compile_backend="aot_eager", **options)
     assert not [record for record in caplog.records if record.name == "growlib"]
-    assert trainer._ki_path.reach is not None
+    assert trainer._ki_loss_form.access is not None
     assert counters["stats"]["unique_graphs"] == 2
     torch.testing.assert_close(parameters(compiled), parameters(plain), rtol=1e-5, atol=1e-6)
 
@@ -192,13 +192,13 @@ def test_images_of_other_classes_are_refused(tmp_path):
     with pytest.raises(GrowError, match=r"classes are not the student's: 2 \(name, id\) pairs"):
         KITrainer(model=vit(0, 16, **named), args=arguments(tmp_path), ki=half(other))
     KITrainer(model=vit(0, 16), args=arguments(tmp_path), ki=half(other))  # without names nothing can be compared
-    assert head_of(DeiTForImageClassification(DeiTConfig(hidden_size=8, num_attention_heads=1))) == "image"
+    assert task_of(DeiTForImageClassification(DeiTConfig(hidden_size=8, num_attention_heads=1))) == "image"
     with pytest.raises(GrowError, match="an image classifier"):
-        head_of(vit(0, 16, problem_type="multi_label_classification"))
+        task_of(vit(0, 16, problem_type="multi_label_classification"))
 
 
 def test_a_teacher_on_another_device():
     """In a process of its own, which has a second device without values."""
     script = Path(__file__).with_name("ki_two_devices.py")
-    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, check=False)
-    assert found.stdout == "both devices kept apart\n", found.stderr
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, check=False)
+    assert result.stdout == "both devices kept apart\n", result.stderr

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from growlib import GrowError
-from growlib.ki import Projection, Targets, ki_loss, linear_ki_loss
+from growlib.ki import TREATMENTS, Projection, Targets, ki_loss, linear_ki_loss
 
-KINDS = ("logits", "dense", "bucket", "renorm_teacher", "none", "sampled", "projection")
+KINDS = ("logits", "dense", "projection", *TREATMENTS)
 
 
 def normal(*shape, generator, dtype=torch.float32):
@@ -71,7 +71,7 @@ class Case:
 )
 def test_value_and_gradients_are_the_twins(kind, teacher_vocab, temperature, seed, **options):
     """Over padded vocabularies on either side, at both temperatures, in every chunking, to 1e-5 in float32."""
-    if kind in {"bucket", "renorm_teacher", "none", "sampled"}:
+    if kind in TREATMENTS:
         teacher_vocab = min(teacher_vocab, 50)  # sparse targets are taken over the common ids
     case = Case(kind, teacher_vocab=teacher_vocab, temperature=temperature, seed=seed)
     for one, other in zip(*case.both(**options), strict=True):
@@ -181,14 +181,21 @@ def test_batched_shapes_are_flattened():
     assert torch.equal(flat.loss, batched.loss)
 
 
+def test_whole_logits_take_a_projection_as_its_logits():
+    case = Case("projection")
+    logits = case.hidden @ case.weight.T
+    losses = [ki_loss(logits, case.labels, teacher, alpha=0.5).loss for teacher in (case.teacher, case.twin)]
+    assert torch.equal(*losses)
+
+
 def test_a_mismatch_of_positions_is_named():
     case = Case("bucket")
     with pytest.raises(GrowError, match="22 labels"):
         linear_ki_loss(case.hidden, case.weight, case.labels[1:], case.teacher, alpha=0.5)
-    with pytest.raises(GrowError, match="targets at 22 positions"):
+    with pytest.raises(GrowError, match="the teacher's predictions at 22 positions"):
         linear_ki_loss(case.hidden, case.weight, case.labels, case.teacher[1:], alpha=0.5)
     teacher = Case("projection").teacher.rows(slice(1, None))
-    with pytest.raises(GrowError, match="a teacher's hidden states at 22 positions"):
+    with pytest.raises(GrowError, match="the teacher's predictions at 22 positions"):
         linear_ki_loss(case.hidden, case.weight, case.labels, teacher, alpha=0.5)
     with pytest.raises(GrowError, match=r"a head \(50, 7\).* a weight \[vocabulary, 8\]"):
         linear_ki_loss(case.hidden, case.weight[:, 1:], case.labels, case.teacher, alpha=0.5)

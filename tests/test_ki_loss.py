@@ -1,4 +1,4 @@
-"""The KI loss against the paper's sums written out in float64, and its schedules."""
+"""The KI loss against the paper's sums written out in float64."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growlib.ki import SCHEDULES, ki_loss
+from growlib.ki import ki_loss
 
 IGNORED = -100
 
@@ -137,29 +137,3 @@ def test_batched_shapes_are_flattened_position_by_position():
     flat = ki_loss(student, labels, teacher, alpha=0.5)
     batched = ki_loss(student.view(2, 3, -1), labels.view(2, 3), teacher.view(2, 3, -1), alpha=0.5)
     assert torch.equal(flat.loss, batched.loss)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("linear", [1.0, 0.75, 0.5, 0.0, 0.0]),
-        ("heaviside", [1.0, 1.0, 1.0, 0.0, 0.0]),
-        ("constant", [1.0, 1.0, 1.0, 0.0, 0.0]),
-        ("cosine", [1.0, 0.5 + math.sqrt(0.5) / 2, 0.5, 0.0, 0.0]),
-    ],
-)
-def test_schedules_at_given_progress(name, expected):
-    progress = [0.0, 0.1, 0.2, 0.4, 0.9]
-    assert [SCHEDULES[name](p, 0.4) for p in progress] == pytest.approx(expected, abs=1e-15)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-@given(steps=st.integers(1, 1000), stop=st.integers(1, 1000))
-def test_every_schedule_is_exactly_zero_from_stop_at(name, steps, stop):
-    stop = min(stop, steps)
-    assert SCHEDULES[name](stop / steps, stop / steps) == 0.0
-    assert SCHEDULES[name]((stop - 1) / steps, stop / steps) > 0.0
-
-
-def test_constant_without_stop_never_stops():
-    assert SCHEDULES["constant"](1.0, None) == 1.0

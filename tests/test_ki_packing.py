@@ -10,6 +10,7 @@ from growlib import GrowError, KIConfig, KITrainer
 from growlib.ki import verify_cache
 from growlib.ki.cache.data import padded
 from growlib.ki.cache.examples import examples_of
+from growlib.ki.tasks import Positions
 
 
 def test_order_batches_padding_and_packing_may_change(tmp_path):
@@ -71,11 +72,12 @@ def test_rows_whose_examples_the_teacher_does_not_take_apart_are_refused(tmp_pat
 def test_a_decoders_inputs_that_are_its_labels_shifted_change_no_digest():
     labels = torch.tensor([[5, 3, 8, -100], [7, 2, -100, -100]])
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "labels": labels}
-    plain = examples_of(batch, "seq2seq")
+    positions = Positions.of(batch, "seq2seq")
+    plain = examples_of(batch, "seq2seq", positions)
     shifted = torch.tensor([[0, 5, 3, 8], [0, 7, 2, 0]])
     for token, second_is_same in ((7, True), (6, False)):
         shifted[1, 1] = token
-        others = examples_of({**batch, "decoder_input_ids": shifted}, "seq2seq")
+        others = examples_of({**batch, "decoder_input_ids": shifted}, "seq2seq", positions)
         same = [one.digest == other.digest for one, other in zip(plain, others, strict=True)]
         assert same == [True, second_is_same]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from growlib import GrowError
 from growlib.ki import Targets
-from growlib.ki.cache.records import Layout
+from growlib.ki.cache.records import RecordFormat
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from growlib.ki.cache.records import Layout
     ],
 )
 def test_a_record_has_the_promised_size(vocab, options, size):
-    assert Layout(vocab, temperature=1.0, **options).bytes_per_position == size
+    assert RecordFormat(vocab, temperature=1.0, **options).bytes_per_position == size
 
 
 @given(
@@ -34,7 +34,7 @@ def test_a_record_has_the_promised_size(vocab, options, size):
 def test_records_keep_ids_exactly_and_probabilities_to_their_step(vocab, top_k, samples, positions, seed):
     if top_k + samples == 0:
         return
-    layout = Layout(vocab, top_k, samples, 1.0)
+    record_format = RecordFormat(vocab, top_k, samples, 1.0)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab, (positions, top_k + samples), generator=generator)
     ids[:1] = vocab - 1
@@ -43,11 +43,11 @@ def test_records_keep_ids_exactly_and_probabilities_to_their_step(vocab, top_k, 
     logprobs[:, top_k:] = (tail - torch.tensor(float(max(samples, 1))).log())[:, None]
     entropy = 11 * torch.rand(positions, generator=generator) if samples else None
     targets = Targets(logprobs, vocab, ids, tail, entropy, "sampled" if samples else "bucket", 1.0, samples)
-    records = layout.encode(targets)
-    assert records.shape == (positions, layout.bytes_per_position)
-    back = layout.decode(records)
+    records = record_format.encode(targets)
+    assert records.shape == (positions, record_format.bytes_per_position)
+    back = record_format.decode(records)
     assert torch.equal(back.ids, ids)
-    step = 24 / layout.steps
+    step = 24 / record_format.steps
     torch.testing.assert_close(back.logprobs[:, :top_k], logprobs[:, :top_k], rtol=0, atol=0.51 * step + 4e-6)
     torch.testing.assert_close(back.logprobs[:, top_k:], logprobs[:, top_k:], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(back.tail, tail, rtol=1e-3, atol=1e-6)
@@ -59,12 +59,12 @@ def test_records_keep_ids_exactly_and_probabilities_to_their_step(vocab, top_k, 
 @pytest.mark.parametrize("vocab", [2, 32, 128, 1 << 18])
 def test_the_lowest_log_probabilities_are_lowest_and_leave_the_id_alone(vocab):
     logprobs = torch.tensor([[-23.999999, -24.0, -30.0, -torch.inf]]).T
-    layout, ids = Layout(vocab, 1, 0, 1.0), torch.tensor([[0, 1, 0, vocab - 2]]).T
-    back = layout.decode(layout.encode(Targets(logprobs, vocab, ids, torch.zeros(4), None, "bucket")))
+    record_format, ids = RecordFormat(vocab, 1, 0, 1.0), torch.tensor([[0, 1, 0, vocab - 2]]).T
+    back = record_format.decode(record_format.encode(Targets(logprobs, vocab, ids, torch.zeros(4), None, "bucket")))
     assert torch.equal(back.ids, ids)
     torch.testing.assert_close(back.logprobs, torch.full((4, 1), -24.0), rtol=1e-3, atol=0)
 
 
 def test_more_than_22_bits_of_ids_are_refused():
     with pytest.raises(GrowError, match="at most 4194304 ids"):
-        Layout((1 << 22) + 1, 4, 0, 1.0)
+        RecordFormat((1 << 22) + 1, 4, 0, 1.0)

@@ -123,8 +123,8 @@ def test_auto_does_not_look_at_other_text(tmp_path):
     trainer.train()
     with torch.no_grad():
         expected = llama(1)(**collate(held_out)).loss.item()
-    found = [log["ki/teacher_held_out"] for log in trainer.state.log_history if "ki/teacher_held_out" in log]
-    assert found == [pytest.approx(expected, rel=1e-4)]
+    logged = [log["ki/teacher_held_out"] for log in trainer.state.log_history if "ki/teacher_held_out" in log]
+    assert logged == [pytest.approx(expected, rel=1e-4)]
 
 
 def test_auto_needs_labels_in_the_held_out_text(tmp_path):

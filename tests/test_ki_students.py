@@ -35,7 +35,7 @@ from transformers import (
 
 from growlib import GrowError, KIConfig, KITrainer
 from growlib.ki import ki_loss
-from growlib.ki.hidden import Unreachable, reach
+from growlib.ki.head_access import NoHeadAccess, access_head
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -167,7 +167,7 @@ def test_a_causal_model_whose_loss_does_not_shift(tmp_path):
     ("make", "says"),
     [
         (lambda seed: bart(BartForSequenceClassification, seed), "image classifier"),
-        (lambda _: torch.nn.Linear(2, 2), "no model of transformers"),
+        (lambda _: torch.nn.Linear(2, 2), "not a model of transformers"),
     ],
 )
 def test_models_without_a_language_models_loss_are_refused(tmp_path, make, says):
@@ -175,7 +175,7 @@ def test_models_without_a_language_models_loss_are_refused(tmp_path, make, says)
         train(tmp_path, make(0), half(llama(1)) if says.startswith("no") else half(make(1)), examples(8))
 
 
-def test_a_model_that_excludes_tokens_after_its_head_is_not_reached():
+def test_a_model_that_excludes_tokens_after_its_head_gives_no_access():
     class Excluding(LlamaForCausalLM):
         def forward(self, input_ids=None, **kwargs):
             outputs = super().forward(input_ids=input_ids, **kwargs)
@@ -184,8 +184,8 @@ def test_a_model_that_excludes_tokens_after_its_head_is_not_reached():
             return outputs
 
     model = Excluding(llama(0).config)
-    with pytest.raises(Unreachable, match="not finite"):
-        reach(model, model, {"input_ids": collate(examples(2))["input_ids"]})
+    with pytest.raises(NoHeadAccess, match="not finite"):
+        access_head(model, model, {"input_ids": collate(examples(2))["input_ids"]})
 
 
 def test_logits_in_other_places_than_the_labels_are_named(tmp_path):

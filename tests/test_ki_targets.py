@@ -1,5 +1,6 @@
 """What a teacher says, dense or sparse, against sums over the whole vocabulary in float64."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from growlib import GrowError
-from growlib.ki import Projection, Targets, ki_loss, mixture
+from growlib import GrowError, KIConfig
+from growlib.ki import TREATMENTS, Projection, Targets, ki_loss, mixture
 
-TAILS = ("bucket", "renorm_teacher", "none")
+TAILS = tuple(name for name, treatment in TREATMENTS.items() if not treatment.drawn)
 
 
 def teacher(positions=5, vocab=23, seed=0, dtype=torch.float64):
@@ -25,6 +26,7 @@ def weights(targets):
 
 def divergence(student, targets):
     """The KL by its definition, row by row, from dense probabilities: what each treatment promises."""
+    assert targets.treatment in {"bucket", "sampled", "renorm_teacher", "none"}, "a new treatment: define its KL here"
     total = 0.0
     for row in range(len(targets)):
         q = (student[row, : targets.vocab] / targets.temperature).softmax(0)
@@ -85,7 +87,7 @@ def test_no_tensor_of_all_logits_is_made(monkeypatch):
     projection = Projection(teacher(64, 4), teacher(1000, 4, 1))
     largest = []
     whole = Projection.logits
-    monkeypatch.setattr(Projection, "logits", lambda self: largest.append(self.shape[1]) or whole(self))
+    monkeypatch.setattr(Projection, "logits", lambda self: largest.append(self.vocab) or whole(self))
     Targets.sample(projection, 4, 4, tile=100)
     assert largest == [100] * 10
 
@@ -121,7 +123,7 @@ def test_a_draw_depends_on_seed_and_key_alone():
     assert len({tuple(row) for row in same.tolist()}) == 6
 
 
-@pytest.mark.parametrize("tail", [*TAILS, "sampled"])
+@pytest.mark.parametrize("tail", TREATMENTS)
 @given(k=st.integers(1, 12), temperature=st.sampled_from([1.0, 2.0]), seed=st.integers(0, 99), extra=st.integers(0, 3))
 def test_the_loss_is_the_divergence_that_the_treatment_names(tail, k, temperature, seed, extra):
     logits, student = teacher(seed=seed), teacher(5, 23 + extra, seed=seed + 100)
@@ -135,7 +137,7 @@ def test_the_loss_is_the_divergence_that_the_treatment_names(tail, k, temperatur
 
 
 @given(k=st.integers(1, 23), seed=st.integers(0, 99))
-def test_a_bucket_is_a_lower_bound_of_the_full_divergence_and_meets_it(k, seed):
+def test_a_bucket_is_a_lower_bound_of_the_full_divergence_and_ends_there(k, seed):
     logits, student, labels = teacher(seed=seed), teacher(seed=seed + 1), torch.arange(5)
     full = ki_loss(student, labels, logits, alpha=1.0).loss
     bucket = ki_loss(student, labels, Targets.top_k(logits, k), alpha=1.0).loss
@@ -160,7 +162,7 @@ def test_dense_targets_change_their_temperature_and_sparse_ones_say_why_not():
     logits = teacher()
     dense = Targets.dense(logits).at(2.5)
     torch.testing.assert_close(dense.logprobs, (logits / 2.5).log_softmax(-1))
-    with pytest.raises(GrowError, match="not listed weigh at another temperature"):
+    with pytest.raises(GrowError, match="unlisted tokens at another temperature"):
         ki_loss(logits, torch.arange(5), Targets.top_k(logits, 4), alpha=0.5, temperature=2.0)
 
 
@@ -184,7 +186,7 @@ def test_a_narrower_student_takes_dense_targets_and_refuses_sparse_ones():
         (lambda z: ki_loss(z, torch.arange(5.0), z, alpha=0.5), "integers"),
         (lambda z: ki_loss(z, torch.arange(5), z, alpha=1.5), "0 to 1"),
         (lambda z: ki_loss(z, torch.arange(5), z, alpha=0.5, temperature=0.0), "not positive"),
-        (lambda z: ki_loss(z, torch.arange(5), "teacher", alpha=0.5), "logits or Targets"),
+        (lambda z: ki_loss(z, torch.arange(5), "teacher", alpha=0.5), "logits, Targets, or a Projection"),
         (lambda z: Targets.sample(z, 3, 2).treated("bucket"), "draws"),
         (lambda z: Targets.top_k(z, 3).treated("sampled"), "draws"),
         (lambda z: ki_loss(z, torch.arange(5), Targets.top_k(z[:4], 3), alpha=0.5), "5 labels"),
@@ -195,6 +197,33 @@ def test_a_narrower_student_takes_dense_targets_and_refuses_sparse_ones():
 def test_what_cannot_be_is_refused(make, says):
     with pytest.raises(GrowError, match=says):
         make(teacher())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda z, tail: Targets(z, 23, treatment=tail),
+        lambda z, tail: Targets(z[:, :3], 23, torch.arange(3).expand(5, 3), z[:, 0], treatment=tail),
+        lambda z, tail: dataclasses.replace(Targets.top_k(z, 3), treatment=tail),
+        lambda z, tail: Targets.top_k(z, 3, tail=tail),
+        lambda z, tail: Targets.top_k(z, 3).treated(tail),
+        lambda z, tail: KIConfig(teacher="x", tail=tail),
+    ],
+)
+@pytest.mark.parametrize("tail", ["typo", "Bucket", "", "bucket "])
+def test_an_unknown_treatment_is_refused_everywhere(make, tail):
+    with pytest.raises(GrowError, match=r"bucket|dense") as refused:
+        make(teacher(), tail)
+    assert repr(tail) in str(refused.value)
+
+
+def test_targets_have_what_their_treatment_reads():
+    logprobs, ids = teacher()[:, :3], torch.arange(3).expand(5, 3)
+    for treatment, lacks in (("bucket", "tail"), ("sampled", "entropy"), ("dense", "'dense'")):
+        with pytest.raises(GrowError, match=lacks):
+            Targets(logprobs, 23, ids, treatment=treatment)
+    with pytest.raises(GrowError, match="'bucket'"):  # nothing is unlisted
+        Targets(logprobs, 3, treatment="bucket")
 
 
 def test_treatments_are_readings_of_the_same_tokens():
@@ -228,7 +257,7 @@ def test_a_mixture_of_sampled_teachers_weighs_their_divergences():
 
 
 @pytest.mark.parametrize("kind", ["dense", "bucket", "sampled"])
-def test_the_gate_listens_where_the_teacher_is_surer_of_the_label(kind):
+def test_the_gate_is_open_where_the_teacher_is_surer_of_the_label(kind):
     logits, student = teacher(200), teacher(200, seed=1)
     labels = logits.argmax(-1)
     labels[::3] = 0
@@ -239,10 +268,10 @@ def test_the_gate_listens_where_the_teacher_is_surer_of_the_label(kind):
     }[kind]
     known = torch.ones(200, dtype=torch.bool) if kind == "dense" else (targets.ids[:, :5] == labels[:, None]).any(1)
     p, q = (z.softmax(-1).gather(1, labels[:, None])[:, 0] for z in (logits, student))
-    listens = known & (p > q)
-    assert 20 < listens.sum() < 180
+    is_open = known & (p > q)
+    assert 20 < is_open.sum() < 180
     gated = ki_loss(student, labels, targets, alpha=0.7, gate=True)
     rows = [
-        ki_loss(student[i : i + 1], labels[i : i + 1], targets[i : i + 1], alpha=0.7 * listens[i]) for i in range(200)
+        ki_loss(student[i : i + 1], labels[i : i + 1], targets[i : i + 1], alpha=0.7 * is_open[i]) for i in range(200)
     ]
     torch.testing.assert_close(gated.loss, torch.stack([row.loss for row in rows]).mean())

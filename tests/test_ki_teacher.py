@@ -1,4 +1,4 @@
-"""Which teachers are taken, which are refused and why, and how labels meet logits."""
+"""Which teachers are taken, which are refused and why, and how labels are aligned with logits."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from growlib import GrowError, KIConfig, KITrainer
-from growlib.ki.heads import aligned_labels, head_of
+from growlib.ki.tasks import Positions, task_of
 
 
 def tokenizer(words):
@@ -31,6 +31,11 @@ def trainer(folder, student, ki, student_tokenizer=None):
         processing_class=student_tokenizer,
         ki=ki,
     )
+
+
+def predicted(taught, batch):
+    """The logits [N, V] of a trainer's teacher at the positions that count."""
+    return taught._ki_provider.teacher.predict(batch, Positions.of(batch, taught._ki_task)).logits()
 
 
 @pytest.mark.parametrize(
@@ -67,10 +72,10 @@ def test_settings_are_frozen_and_scale_the_schedule():
 
 def test_a_folder_of_safetensors_is_loaded_in_its_dtype(tmp_path):
     llama(1, hidden=8).to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
-    loaded = trainer(tmp_path, llama(0), KIConfig(teacher=str(tmp_path / "teacher")))._ki_guide.teacher.model
+    loaded = trainer(tmp_path, llama(0), KIConfig(teacher=str(tmp_path / "teacher")))._ki_provider.teacher.model
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     cast = KIConfig(teacher=str(tmp_path / "teacher"), teacher_dtype=torch.float64)
-    assert trainer(tmp_path, llama(0), cast)._ki_guide.teacher.model.dtype == torch.float64
+    assert trainer(tmp_path, llama(0), cast)._ki_provider.teacher.model.dtype == torch.float64
 
 
 def test_pickled_weights_are_refused(tmp_path):
@@ -110,11 +115,11 @@ def test_another_vocabulary_size_is_refused_without_proof(tmp_path, teacher_voca
         trainer(tmp_path, llama(0), KIConfig(teacher=llama(1, vocab=teacher_vocab)))
 
 
-def test_two_paddings_of_one_tokenizer_meet_on_the_tokenizer(tmp_path):
+def test_two_paddings_of_one_tokenizer_are_compared_on_its_ids(tmp_path):
     llama(1, hidden=8, vocab=VOCAB + 8).save_pretrained(tmp_path / "teacher")
     tokenizer(VOCAB - 2).save_pretrained(tmp_path / "teacher")
     taught = trainer(tmp_path, llama(0), KIConfig(teacher=tmp_path / "teacher"), tokenizer(VOCAB - 2))
-    assert taught._ki_guide.teacher.logits(collate(examples(2))).shape == (2, 10, VOCAB - 2)
+    assert predicted(taught, collate(examples(2))).shape == (9 + 8, VOCAB - 2)
 
 
 def test_a_declared_common_vocabulary_is_used(tmp_path):
@@ -124,10 +129,11 @@ def test_a_declared_common_vocabulary_is_used(tmp_path):
     taught.train()
     logs = taught._ki_metrics.drain(taught.accelerator)
     batch = collate(examples(8))
-    aligned = aligned_labels(batch, "causal")
-    known = (aligned >= 0) & (aligned < VOCAB - 6)
-    log_probs = taught._ki_guide.teacher.logits(batch).log_softmax(-1)[known]
-    expected = -log_probs.gather(-1, aligned[known][:, None]).mean().item()
+    labels = Positions.of(batch, "causal").labels
+    known = labels < VOCAB - 6
+    assert not known.all()
+    log_probs = predicted(taught, batch).log_softmax(-1)[known]
+    expected = -log_probs.gather(-1, labels[known][:, None]).mean().item()
     assert logs["ki/teacher_ce"] == pytest.approx(expected, rel=1e-5)
     assert all(torch.tensor(value).isfinite() for value in logs.values())
 
@@ -143,42 +149,42 @@ def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
     with pytest.raises(GrowError, match="tokens or classes are not the student's: 3"):
         trainer(tmp_path, llama(0), KIConfig(teacher=tmp_path / "teacher"), tokenizer(VOCAB))
     agreed = KIConfig(teacher=tmp_path / "teacher", common_vocab=VOCAB - 2)
-    assert trainer(tmp_path, llama(0), agreed, tokenizer(VOCAB))._ki_guide.teacher.common_vocab == VOCAB - 2
+    assert trainer(tmp_path, llama(0), agreed, tokenizer(VOCAB))._ki_provider.teacher.common_vocab == VOCAB - 2
 
 
-@pytest.mark.parametrize(("maker", "head"), [(llama, "causal"), (gpt2, "causal"), (bert, "masked"), (t5, "seq2seq")])
-def test_heads_are_read_from_the_tables_and_align_as_the_models_loss_does(maker, head):
+@pytest.mark.parametrize(("maker", "task"), [(llama, "causal"), (gpt2, "causal"), (bert, "masked"), (t5, "seq2seq")])
+def test_tasks_are_read_from_the_tables_and_align_as_the_models_loss_does(maker, task):
     model, batch = maker(0).eval(), collate(examples(4))
-    assert head_of(model) == head
+    assert task_of(model) == task
     with torch.no_grad():
         outputs = model(**batch)
     cross_entropy = torch.nn.functional.cross_entropy(
-        outputs.logits.flatten(0, 1), aligned_labels(batch, head).flatten()
+        outputs.logits.flatten(0, 1), Positions.of(batch, task).aligned.flatten()
     )
     torch.testing.assert_close(cross_entropy, outputs.loss)
 
 
-def test_a_subclass_has_the_head_of_its_base_and_xlm_does_not_shift():
+def test_a_subclass_has_the_task_of_its_base_and_xlm_does_not_shift():
     class Mine(type(llama(0))):
         pass
 
-    assert head_of(Mine(llama(0).config)) == "causal"
+    assert task_of(Mine(llama(0).config)) == "causal"
     sizes = {"emb_dim": 8, "n_layers": 1, "n_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 16}
-    assert head_of(XLMWithLMHeadModel(XLMConfig(**sizes))) == "masked"
+    assert task_of(XLMWithLMHeadModel(XLMConfig(**sizes))) == "masked"
 
 
 def test_a_classifier_is_refused():
     with pytest.raises(GrowError, match="neither a causal nor a masked"):
-        head_of(BertForSequenceClassification(bert(0).config))
+        task_of(BertForSequenceClassification(bert(0).config))
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_teacher_equal_to_the_student_gives_its_logits(tmp_path, name):
     teacher, batch = MAKERS[name](1), collate(examples(4, ignored=False))
     taught = trainer(tmp_path, MAKERS[name](0), KIConfig(teacher=teacher))
-    expected = teacher(**batch).logits
-    assert torch.equal(taught._ki_guide.teacher.logits(batch), expected)
-    assert not taught._ki_guide.teacher.logits(batch).requires_grad
+    expected = teacher(**batch).logits[Positions.of(batch, taught._ki_task).mask]
+    assert torch.equal(predicted(taught, batch), expected)
+    assert not predicted(taught, batch).requires_grad
 
 
 def test_inputs_that_the_teacher_does_not_name_are_left_out(tmp_path):
@@ -188,7 +194,7 @@ def test_inputs_that_the_teacher_does_not_name_are_left_out(tmp_path):
 
     taught = trainer(tmp_path, llama(0), KIConfig(teacher=Narrow(llama(1).config)))
     batch = collate(examples(2)) | {"position_ids": torch.arange(10).repeat(2, 1)}
-    assert taught._ki_guide.teacher.logits(batch).shape == (2, 10, VOCAB)
+    assert predicted(taught, batch).shape == (9 + 8, VOCAB)
 
 
 def test_settings_of_no_use_are_refused(tmp_path):

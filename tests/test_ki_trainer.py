@@ -1,6 +1,5 @@
 """Knowledge Inheritance inside the Hugging Face Trainer: the step it takes, what it costs, what it logs."""
 
-import gc
 import sys
 import weakref
 
@@ -22,6 +21,7 @@ from ki_tiny import (
     train,
 )
 from safetensors.torch import load_file
+from test_ki_teacher import predicted
 from transformers import Trainer
 
 from growlib import KIConfig, KITrainer
@@ -144,6 +144,7 @@ def test_the_teacher_uses_no_random_numbers(tmp_path):
 
 
 def test_teacher_stops_and_is_freed_after_stop_at(tmp_path):
+    """At once, before Python's garbage collector runs."""
     llama(1, hidden=8).save_pretrained(tmp_path / "teacher")
     trainer = KITrainer(
         model=llama(0),
@@ -152,10 +153,9 @@ def test_teacher_stops_and_is_freed_after_stop_at(tmp_path):
         data_collator=collate,
         ki=KIConfig(teacher=tmp_path / "teacher", stop_at=0.3),
     )
-    forwards = CountForwards(trainer._ki_guide.teacher.model)
-    teacher = weakref.ref(trainer._ki_guide.teacher.model)
+    forwards = CountForwards(trainer._ki_provider.teacher.model)
+    teacher = weakref.ref(trainer._ki_provider.teacher.model)
     trainer.train()
-    gc.collect()
     # Steps 0, 1, 2 of 10, two micro-batches each; and two passes at the first, to find the teacher's head.
     assert forwards.count == 3 * 2 + 2
     assert teacher() is None
@@ -269,7 +269,7 @@ def test_teacher_stays_frozen_in_eval_mode_and_outside_the_model(tmp_path):
     trainer = train(tmp_path, student, half(teacher), examples(8), max_steps=2)
     teacher.train()
     batch = collate(examples(4))
-    first, second = (trainer._ki_guide.teacher.logits(batch) for _ in range(2))
+    first, second = (predicted(trainer, batch) for _ in range(2))
     assert torch.equal(first, second)
     assert not teacher.training
     assert torch.equal(before, parameters(teacher))

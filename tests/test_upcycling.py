@@ -5,7 +5,7 @@ import torch
 import transformers as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import randomise
+from tiny import randomise, tiny
 
 import growlib
 from growlib.cli import main
@@ -182,3 +182,12 @@ def test_from_a_folder_to_a_folder(tmp_path, capsys):
     )
     assert main(["verify", str(tmp_path / "small"), str(tmp_path / "big")]) == 0
     assert "exact" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("acting", "says"), [(1, True), (2, False)])
+def test_a_router_that_cannot_learn_is_named(acting, says):
+    mixture = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": acting}
+    plan = growlib.plan(tiny("llama", head_dim=None), mixture)
+    assert bool(plan.mixture.notes) == says
+    assert ("note: model.layers.*.mlp.gate.weight cannot learn" in str(plan)) == says
+    assert plan.exact

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -20,11 +21,12 @@ from growlib.errors import GrowError
 from growlib.inference import variants
 from growlib.inference.label import draft
 from growlib.inference.tiny import tiny_config, tiny_model
-from growlib.inference.verifier import followers, trial, unverified, verdicts
+from growlib.inference.verifier import followers, growths, trial, unverified, verdicts
 
 Class = tuple[type[PreTrainedModel], str]  # and its switches
 
 _inferred: dict[Class, Architecture] = {}
+_checked: dict[tuple[type[PreTrainedModel], str, frozenset[Growth]], str] = {}
 
 
 def architecture_of(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Architecture:
@@ -86,20 +88,49 @@ def _from_disk(key: Class, small: PreTrainedConfig) -> Architecture:
     model_class, switches = key
     asked = f"{model_class.__module__} {model_class.__name__} {version('transformers')} {version('torch')} {switches}"
     digest = hashlib.sha256(asked.encode() + _own_source()).hexdigest()
-    folder = Path(os.environ.get("GROWLIB_CACHE", Path.home() / ".cache" / "growlib"))
+    try:
+        folder = Path(os.environ.get("GROWLIB_CACHE") or Path.home() / ".cache" / "growlib")
+    except RuntimeError:  # no home
+        return examine(model_class, small)
     path = folder / f"{model_class.__name__}-{digest[:16]}.json"
     try:
-        return from_table(small.model_type, json.loads(path.read_text()), path.name)
-    except (OSError, ValueError):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["checksum"] != _checksum(stored["table"]):
+            raise ValueError("it was changed")
+        return from_table(small.model_type, stored["table"], path.name)
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or not what was written: proven again
         table = examine(model_class, small)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            json.dump(to_table(table), file)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
+            json.dump({"checksum": _checksum(to_table(table)), "table": to_table(table)}, file)
         Path(file.name).replace(path)
     except OSError:  # a cache that cannot be written costs a few seconds next time
         pass
     return table
+
+
+def _checksum(table: Any) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def why_not(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel], table: Architecture, kinds: frozenset[Growth]
+) -> str:
+    """Grow a tiny model in all these ways at once: why it is not exact; "" where it is, or cannot be built so.
+
+    Verdicts on single growths, which may come from disk, are checked so where they are used.
+    """
+    small = tiny_config(config, model_class)
+    key = (model_class, _switches(small), kinds)
+    if key not in _checked:
+        fields: dict[str, Any] = {}
+        for growth, (alone, *_) in growths(table, small):
+            if growth in kinds:
+                fields |= {name: max(size, fields.get(name, 0)) for name, size in alone.items()}
+        verdict = trial(replace(table, proven={}), tiny_model(model_class, small), fields).verdict
+        _checked[key] = verdict.why if verdict.kind == "inexact" else ""
+    return _checked[key]
 
 
 @cache

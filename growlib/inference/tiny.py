@@ -34,6 +34,7 @@ SIZES = {
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
 SCANNED = {"num_heads": 4, "head_dim": 32, "mamba_n_heads": 8, "mamba_d_head": 16}
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 REPORTING = ("return_dict", "output_attentions", "output_hidden_states", "use_cache")  # not what is computed
 LARGEST = 3_000_000  # parameters of a model that is still tiny
 
@@ -50,8 +51,10 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
         valid = "a part of it, such as its language model"
         raise GrowError(asked, f"it is made of several configs: {', '.join(parts)}", valid)
     fields = _small(config)
-    head_dim = {"head_dim": 16} if "head_dim" in fields else {}
-    no_groups = {name: 4 for name in ("num_key_value_heads", "num_kv_heads", "n_kv_heads") if name in fields}
+    head_dim: dict[str, Any] = {"head_dim": 16} if "head_dim" in fields else {}
+    no_groups: dict[str, Any] = {
+        name: 4 for name in ("num_key_value_heads", "num_kv_heads", "n_kv_heads") if name in fields
+    }
     unset = {name: SIZE_OF[name] for name, value in fields.items() if value is None and name in SIZE_OF}
     unset |= {name: 0 for name in ("pad_token_id", "mask_token_id") if fields.get(name, 0) is None}
     wrong: Exception | None = None

@@ -1,8 +1,7 @@
 """The settings of teacher-guided training."""
 
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,8 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from growlib.errors import GrowError
-from growlib.ki.schedules import SCHEDULES
-from growlib.ki.targets import TREATMENTS
+from growlib.ki.predictions import are_weights
+from growlib.ki.schedules import Schedule, schedule_of
+from growlib.ki.treatments import TREATMENTS, WITHOUT_DRAWS
 
 OneTeacher = PreTrainedModel | str | os.PathLike[str]
 
@@ -25,30 +25,33 @@ class KIConfig:
             `growlib.cache_teacher` wrote, and no teacher is loaded. A model that is passed in is used as it is:
             frozen, put in eval mode, and moved to the training device. Several: a tuple, whose distributions are
             averaged, or a dict, domain -> teacher, each of which teaches the examples of its domain.
-        schedule: how α falls: one of `growlib.ki.SCHEDULES`.
-        stop_at: share of training (0 to 1) from which α is 0 and the teacher gone; the paper's α_T is 1 /
-            stop_at. None, with `schedule="constant"` only: never. "auto": from the first evaluation in which the
-            student's held-out loss is no higher than the teacher's; until then α falls as if `stop_at` were 1.
+        schedule: how α falls: a key of `growlib.ki.SCHEDULES`, a function of your own, or a `growlib.ki.Schedule`,
+            which also says how it ends. Your function gets the progress, the share of training that is done (0 at the
+            first step, below 1 at the last), and returns the factor of `alpha` there, a number in [0, 1].
+        stop_at: share of training (0 to 1) from which α is 0 and the teacher gone; the paper's α_T is 1 / stop_at.
+            Not given: 0.3 for the schedules with a name, None for a function of your own. None: α is 0 only where the
+            schedule returns 0; "constant" and functions of your own allow it. "auto": from the first evaluation in
+            which the student's held-out loss is no higher than the teacher's; until then `stop_at` counts as 1.
         temperature: τ of both softmaxes.
-        alpha: α at the first step, which the schedule scales down.
+        alpha: what the schedule is multiplied with: α at the first step, where it starts at 1.
         teacher_dtype: what the teacher is cast to, once; None keeps the checkpoint's.
         common_vocab: number of token ids, counted from 0, that mean the same to student and teacher. None:
             both vocabularies are equally large, or the two tokenizers prove that only their padding differs.
             The data must hold no id that the teacher's embedding lacks.
         weights: of the teachers of a tuple, summing to 1; None: equal ones.
         domain: the dataset's column that names each example's domain, with a dict of teachers.
-        top_k: an online teacher's most probable tokens alone are taught; None: its whole distribution.
-        tail: how the rest is treated: a key of `growlib.ki.TREATMENTS`; None: "bucket" for an online top-K, and for
-            a cache what it was written for.
-        gate: α counts as 0 at positions where the teacher gives the label no more probability than the student.
+        top_k: number of most probable tokens that an online teacher teaches; None: its whole distribution.
+        tail: how the tail, all other tokens, is treated: a key of `growlib.ki.TREATMENTS`; None: "bucket" for an online
+            top-K, and for a cache what it was written for.
+        gate: α is 0 at positions where the teacher gives the label no more probability than the student.
 
     Raises:
         GrowError: a value is out of range.
     """
 
     teacher: OneTeacher | tuple[OneTeacher, ...] | Mapping[Any, OneTeacher]
-    schedule: str = "linear"
-    stop_at: float | Literal["auto"] | None = 0.3
+    schedule: str | Callable[[float], float] | Schedule = "linear"
+    stop_at: float | Literal["auto", "default"] | None = "default"
     temperature: float = 1.0
     alpha: float = 1.0
     teacher_dtype: torch.dtype | None = None
@@ -60,24 +63,20 @@ class KIConfig:
     gate: bool = False
 
     def __post_init__(self) -> None:
-        several = isinstance(self.teacher, tuple | Mapping)
-        teachers = self.teacher.values() if isinstance(self.teacher, Mapping) else self.teacher if several else ()
-        for teacher in teachers if several else (self.teacher,):  # type: ignore[union-attr]
+        mapped = isinstance(self.teacher, Mapping)
+        for teacher in self.teachers:
             if not isinstance(teacher, PreTrainedModel | str | os.PathLike):
-                raise GrowError(
-                    f"KIConfig(teacher={type(teacher).__name__} object)",
-                    "this is not a model",
-                    "a PreTrainedModel, a folder, or a hub id; a tuple or a dict of them",
-                )
-        self._require("teacher", not several or len(self.teacher) > 0, "at least one")  # type: ignore[arg-type]
-        self._require("schedule", self.schedule in tuple(SCHEDULES), "one of " + ", ".join(SCHEDULES))
-        if self.stop_at == "auto":
-            pass
-        elif self.stop_at is None:
-            self._require("stop_at", self.schedule == "constant", "a share in (0, 1]; None with constant only")
-        else:
-            share = self.stop_at
-            self._require("stop_at", _is_number(share) and 0 < share <= 1, 'a share in (0, 1], or "auto"')
+                valid = "a PreTrainedModel, a folder, or a hub id; a tuple or a dict of them"
+                raise GrowError(f"KIConfig(teacher={type(teacher).__name__} object)", "it is not a model", valid)
+        self._require("teacher", len(self.teachers) > 0, "at least one")
+        schedule = schedule_of(self.schedule)
+        if self.stop_at == "default":
+            object.__setattr__(self, "stop_at", schedule.stop_at)
+        share: Any = self.stop_at
+        usable = share == "auto" or (_is_number(share) and 0 < share <= 1)
+        if share is not None or schedule.needs_stop_at:
+            none = "this schedule needs an end" if schedule.needs_stop_at else "or None"
+            self._require("stop_at", usable, f'a share in (0, 1], or "auto"; {none}')
         temperature, alpha = self.temperature, self.alpha
         self._require("temperature", _is_number(temperature) and 0 < temperature < float("inf"), "above 0")
         self._require("alpha", _is_number(alpha) and 0 <= alpha <= 1, "a weight in [0, 1]")
@@ -91,33 +90,28 @@ class KIConfig:
         self._require("tail", self.tail in (None, *TREATMENTS), "one of " + ", ".join(TREATMENTS))
         self._require("gate", isinstance(self.gate, bool), "True or False")
         if self.top_k is not None:
-            self._require("tail", self.tail != "sampled", "with an online top_k bucket, renorm_teacher or none")
+            self._require("tail", self.tail in (None, *WITHOUT_DRAWS), "with top_k one of " + ", ".join(WITHOUT_DRAWS))
             self._require("teacher", not isinstance(self.teacher, tuple), "with top_k one teacher, or one per domain")
-        self._require(
-            "domain",
-            (self.domain is not None) == isinstance(self.teacher, Mapping),
-            "a dataset column, with a dict of teachers and only then",
-        )
-        self._require(
-            "weights",
-            self.weights is None
-            or (
-                isinstance(self.teacher, tuple)
-                and isinstance(self.weights, tuple)
-                and len(self.weights) == len(self.teacher)
-                and all(_is_number(weight) and weight > 0 for weight in self.weights)
-                and math.isclose(sum(self.weights), 1.0, abs_tol=1e-6)
-            ),
-            "one positive weight per teacher of a tuple, summing to 1",
-        )
+        self._require("domain", (self.domain is not None) == mapped, "a dataset column, with a dict of teachers only")
+        averaged = isinstance(self.teacher, tuple) and isinstance(self.weights, tuple)
+        usable = self.weights is None or (averaged and are_weights(self.weights, len(self.teachers)))
+        self._require("weights", usable, "one positive weight per teacher of a tuple, summing to 1")
+        self.alpha_at(0.0)
+
+    @property
+    def teachers(self) -> tuple[OneTeacher, ...]:
+        """All of them."""
+        if isinstance(self.teacher, Mapping):
+            return tuple(self.teacher.values())
+        return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
 
     def _require(self, name: str, valid: bool, what_is_valid: str) -> None:
         if not valid:
-            raise GrowError(f"KIConfig({name}={getattr(self, name)!r})", "the value is not usable", what_is_valid)
+            raise GrowError(f"KIConfig({name}={getattr(self, name)!r})", "the value cannot be used", what_is_valid)
 
     def alpha_at(self, progress: float) -> float:
-        """α when the share `progress` of training (0 to 1) is done; with "auto", while the teacher is heard."""
-        return self.alpha * SCHEDULES[self.schedule](progress, 1.0 if self.stop_at == "auto" else self.stop_at)
+        """α at a progress in [0, 1]; with "auto", as long as the teacher stays. GrowError as `Schedule`."""
+        return self.alpha * schedule_of(self.schedule)(progress, 1.0 if isinstance(self.stop_at, str) else self.stop_at)
 
 
 def _is_number(value: Any) -> bool:

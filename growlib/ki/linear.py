@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from growlib.errors import GrowError
-from growlib.ki.loss import NO_LABEL, KILoss, as_source, check_positions, check_request, listed_weights
+from growlib.ki.loss import NO_LABEL, KILoss, check_request, targets_for
+from growlib.ki.predictions import Predictions, as_predictions, check_positions
 from growlib.ki.projection import Projection
-from growlib.ki.targets import Source, Targets, product, rows_of
+from growlib.ki.targets import Targets
+from growlib.ki.treatments import product
 
 CHUNK_BYTES = 1 << 27  # of float32 logits at once
 
@@ -24,7 +26,7 @@ def linear_ki_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    teacher: Tensor | Targets | Projection,
+    teacher: Tensor | Predictions,
     *,
     alpha: float | Tensor,
     temperature: float = 1.0,
@@ -41,55 +43,38 @@ def linear_ki_loss(
 
     Args:
         hidden: [..., H], the states that the head reads, aligned with `labels`.
-        weight: [V, H]. A DTensor is gathered, and its gradient taken to be the same in every process; where processes
-            have different data, pass `weight.full_tensor(grad_placements=[Partial()])`, whose gradient is the sum.
-        teacher: logits [..., V_teacher] or Targets as in `ki_loss`, or a Projection of as many positions as there
-            are labels: the teacher's own hidden states and head, of whatever hidden size.
+        weight: [V, H]. A DTensor is gathered; its gradient is then the same in every process. Where processes have
+            different data, pass `weight.full_tensor(grad_placements=[Partial()])`, whose gradient is the sum.
+        teacher: as in `ki_loss`; a Projection's hidden states may be of another size.
         logit_scale, softcap: what the model does to its logits; see `Projection`.
         chunk: positions at once; None: as many as `CHUNK_BYTES` of logits hold.
         recompute: compute the gradients in the backward pass, with one more product with the head; False: in the
-            forward pass, where the head's gradient then waits in float32.
-        alpha, temperature, ignore_index, num_items, gate: as in `ki_loss`.
+            forward pass, which keeps the head's gradient in float32.
+        alpha, temperature, ignore_index, num_items, gate: as in `ki_loss`, also what is refused.
 
     Returns:
-        KILoss(loss, ce, kd). Gradients flow from `loss`, to hidden, weight, bias and alpha; `ce` and `kd` are
-        detached.
-
-    Raises:
-        GrowError: as `ki_loss`.
+        KILoss(loss, ce, kd). Gradients flow from `loss`, to hidden, weight, bias and alpha; `ce` and `kd` are detached.
     """
     labels = check_request(labels, alpha, temperature, num_items)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    check_positions(hidden, "hidden states", len(labels))
+    check_positions(len(hidden), "hidden states", len(labels))
     if chunk is not None and chunk < 1:
-        raise GrowError(f"linear_ki_loss(chunk={chunk})", "that is no number of positions", "1 or more, or None")
+        raise GrowError(f"linear_ki_loss(chunk={chunk})", "it is below 1", "1 or more, or None")
     if softcap is not None and not softcap > 0:
-        raise GrowError(f"linear_ki_loss(softcap={softcap})", "it bounds nothing", "above 0, or None")
+        raise GrowError(f"linear_ki_loss(softcap={softcap})", "it is not positive", "above 0, or None")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
         asked = f"hidden states of width {hidden.shape[1]} with a head {tuple(weight.shape)}"
-        raise GrowError(asked, "the head does not read them", f"a weight [vocabulary, {hidden.shape[1]}]")
+        raise GrowError(asked, "the sizes do not match", f"a weight [vocabulary, {hidden.shape[1]}]")
     counted = labels != ignore_index
     number = counted.sum().clamp(min=1) if num_items is None else num_items
-    if torch.compiler.is_compiling():  # how many count cannot be a size in the graph: the others stay, without weight
+    if torch.compiler.is_compiling():  # their number cannot be a size of the graph: the others stay, without weight
         rows: slice | Tensor = slice(None)
         labels_N = labels.masked_fill(~counted, NO_LABEL)
     else:
         rows, labels_N = counted, labels[counted]
-    if isinstance(teacher, Projection):
-        check_positions(teacher.hidden, "a teacher's hidden states", len(labels))
-        source: Source = teacher.rows(rows)
-    else:
-        source = as_source(teacher, rows, len(labels))
-    sums = linear_ki_sums(
-        Projection(hidden[rows], weight, bias, logit_scale, softcap),
-        labels_N,
-        source,
-        alpha,
-        temperature=temperature,
-        gate=gate,
-        chunk=chunk,
-        recompute=recompute,
-    )
+    student = Projection(hidden[rows], weight, bias, logit_scale, softcap)
+    predictions = as_predictions(teacher, len(labels)).rows(rows)
+    sums = linear_ki_sums(student, labels_N, predictions, alpha, temperature, gate, chunk, recompute)
     return KILoss(*(total / number for total in sums[:3]))
 
 
@@ -106,27 +91,19 @@ class KISums(NamedTuple):
 def linear_ki_sums(
     student: Projection,
     labels: Tensor,
-    teacher: Source,
+    teacher: Predictions,
     alpha: float | Tensor,
-    *,
     temperature: float,
     gate: bool = False,
     chunk: int | None = None,
     recompute: bool = False,
 ) -> KISums:
-    """`linear_ki_loss` as sums over the N positions whose label, [N], is not `NO_LABEL`; see there.
-
-    Raises:
-        GrowError: as `ki_loss`.
-    """
-    student = student.gathered()
-    if isinstance(teacher, Projection):
-        teacher = teacher.gathered()
+    """`linear_ki_loss` as sums over the N positions whose label, [N], is not `NO_LABEL`."""
     device = student.hidden.device.type
     if torch.is_autocast_enabled(device) and student.hidden.dtype != torch.float64:  # which autocast leaves alone
         student = student.cast(torch.get_autocast_dtype(device))
-    vocab = student.shape[1]
-    settings = _Settings(student.scale, student.softcap, temperature, gate, chunk or _chunk(vocab), recompute)
+    chunk = chunk or chunk_size(student.vocab)
+    settings = _Settings(student.scale, student.softcap, temperature, gate, chunk, recompute)
     exact = torch.promote_types(student.hidden.dtype, torch.float32)
     alpha = student.hidden.new_zeros((), dtype=exact) + (alpha.to(exact) if isinstance(alpha, Tensor) else alpha)
     with torch.autocast(device, enabled=False):
@@ -134,7 +111,8 @@ def linear_ki_sums(
     return KISums(*sums)
 
 
-def _chunk(vocab: int) -> int:
+def chunk_size(vocab: int) -> int:
+    """How many positions' logits are computed at once."""
     return max(CHUNK_BYTES // (4 * vocab), 16)
 
 
@@ -158,12 +136,12 @@ class _LinearKILoss(torch.autograd.Function):
         bias: Tensor | None,
         alpha: Tensor,
         labels: Tensor,
-        teacher: Source,
+        teacher: Predictions,
         settings: _Settings,
     ) -> tuple[Tensor, ...]:
-        head = Projection(hidden, weight, bias, settings.scale, settings.softcap)
+        student = Projection(hidden, weight, bias, settings.scale, settings.softcap)
         now = ctx.needs_input_grad[:3] if not settings.recompute else (False, False, False)
-        sums, gradients = _run(head, alpha, labels, teacher, settings, now)
+        sums, gradients = _run(student, alpha, labels, teacher, settings, now)
         difference, *results = sums
         ctx.recompute, ctx.settings, ctx.teacher = settings.recompute, settings, teacher
         if settings.recompute:
@@ -179,34 +157,33 @@ class _LinearKILoss(torch.autograd.Function):
         difference, *saved = ctx.saved_tensors
         if ctx.recompute:
             hidden, weight, bias, alpha, labels = saved
-            head = Projection(hidden, weight, bias, ctx.settings.scale, ctx.settings.softcap)
+            student = Projection(hidden, weight, bias, ctx.settings.scale, ctx.settings.softcap)
             with torch.autocast(hidden.device.type, enabled=False):
-                _, saved = _run(head, alpha, labels, ctx.teacher, ctx.settings, ctx.needs_input_grad[:3])
+                _, saved = _run(student, alpha, labels, ctx.teacher, ctx.settings, ctx.needs_input_grad[:3])
         gradients = [None if gradient is None else gradient * upstream[0].to(gradient.dtype) for gradient in saved]
         return (*gradients, difference * upstream[0], None, None, None)
 
 
 @torch.no_grad()
 def _run(
-    head: Projection,
+    student: Projection,
     alpha: Tensor,
     labels: Tensor,
-    teacher: Source,
+    teacher: Predictions,
     settings: _Settings,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The sums [d loss / d α, *KISums], and the gradients of (hidden, weight, bias) that are wanted."""
-    hidden, weight, bias = head.hidden, head.weight, head.bias
+    hidden, weight, bias = student.hidden, student.weight, student.bias
     sums = alpha.new_zeros(6)
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     d_weight = torch.zeros_like(weight, dtype=alpha.dtype) if wanted[1] else None
     d_bias = torch.zeros_like(bias, dtype=alpha.dtype) if wanted[2] and bias is not None else None
     for start in range(0, len(labels), settings.chunk):
         rows = slice(start, start + settings.chunk)
-        logits = head.rows(rows).logits()
+        logits = student.rows(rows).logits()
         slope = None if settings.softcap is None else 1 - (logits / settings.softcap).square()
-        targets = rows_of(teacher, rows, settings.temperature, logits.device).over(logits.shape[1])
-        targets = targets.to(logits.device, logits.dtype)
+        targets = targets_for(logits, teacher.rows(rows), settings.temperature)
         sums[4:] += teacher_ce(targets, labels[rows])
         parts, gradient = _chunk_loss(logits, labels[rows], targets, alpha, settings.gate, any(wanted))
         sums[:4] += parts
@@ -242,13 +219,13 @@ def _chunk_loss(
     log_z = kl.log_z if together else logits.logsumexp(1)
     ce = torch.where(counts, log_z - label_logits, 0)
     kd = torch.where(counts, kl.value * targets.temperature**2, 0)
-    listens = counts
+    taught = counts
     if gate:
-        listens = counts & (targets.label_logprobs(labels) > label_logits / targets.temperature - kl.log_z)
-    weight = alpha * listens
-    # A position without weight on one side keeps that side's NaN out, as `mix` does.
+        taught = counts & (targets.label_logprobs(labels) > label_logits / targets.temperature - kl.log_z)
+    weight = alpha * taught
+    # A term without weight is left out, NaN included, as in `mix`.
     loss = torch.where(weight == 1, 0, (1 - weight) * ce) + torch.where(weight == 0, 0, weight * kd)
-    sums = torch.stack([torch.where(listens, kd - ce, 0).sum(), loss.sum(), ce.sum(), kd.sum()])
+    sums = torch.stack([torch.where(taught, kd - ce, 0).sum(), loss.sum(), ce.sum(), kd.sum()])
     if not with_gradient:
         return sums, None
     on_ce, on_kd = ((1 - weight) * counts)[:, None], (weight * targets.temperature)[:, None]
@@ -279,7 +256,7 @@ def teacher_ce(targets: Targets, labels: Tensor) -> Tensor:
 class _KL(NamedTuple):
     """The KL of n positions, and its gradient in parts: slope · exp(logits - base) + what is added at the listed ids.
 
-    Of a bucket only the logits of the tokens that are not listed are left, and `base` is their log Σ exp.
+    Where the tail has a term, only the logits of unlisted tokens are left, and `base` is their log Σ exp.
     """
 
     value: Tensor  # [n], without τ²
@@ -288,29 +265,28 @@ class _KL(NamedTuple):
     share: Tensor  # [n, 1], exp(base - log_z)
     slope: Tensor  # [n, 1]
     added: Tensor  # [n, K]; of dense targets [n, V], and what is taken away
-    listed: Tensor | None  # [n, K], the student's probabilities; of a bucket
+    listed: Tensor | None  # [n, K], the student's probabilities; where the tail has a term
 
 
 def _kl(logits: Tensor, targets: Targets) -> _KL:
-    """Changes the logits: those that a bucket lists become -inf."""
+    """Changes the logits: where the tail has a term, those of listed tokens become -inf."""
     one = logits.new_ones((len(logits), 1))
     if targets.ids is None:
         log_z, p = logits.logsumexp(1), targets.logprobs.exp()
         # p · (log p - z) with 0 · -inf = 0, for a teacher that excludes tokens and for a student that does
         log_ratio = targets.logprobs.sub(logits).masked_fill_(p == 0, 0.0)
         return _KL(log_z + torch.linalg.vecdot(p, log_ratio), log_z, log_z, one, one, p, None)
-    log_w, constant = listed_weights(targets)
-    w = log_w.exp()
+    terms = targets.kl_terms
+    w = terms.listed.exp()
     listed = logits.gather(1, targets.ids)
-    if targets.treatment != "bucket":
+    if terms.tail is None:
         log_z = logits.logsumexp(1)
-        value = constant - product(w, listed - log_z[:, None]).sum(1)
+        value = terms.constant - product(w, listed - log_z[:, None]).sum(1)
         return _KL(value, log_z, log_z, one, w.sum(1, keepdim=True), -w, None)
-    assert targets.tail is not None
     tail = logits.scatter_(1, targets.ids, -torch.inf).logsumexp(1)
     log_z = torch.logaddexp(tail, listed.logsumexp(1))
-    q, q_tail, t = (listed - log_z[:, None]).exp(), (tail - log_z).exp(), targets.tail.exp()
-    value = constant - product(w, listed - log_z[:, None]).sum(1) - product(t, tail - log_z)
+    q, q_tail, t = (listed - log_z[:, None]).exp(), (tail - log_z).exp(), terms.tail.exp()
+    value = terms.constant - product(w, listed - log_z[:, None]).sum(1) - product(t, tail - log_z)
     base = tail.masked_fill(tail == -torch.inf, 0.0)
     # A token of the tail has q_tail exp(logit - tail) of the student, t of it of the teacher.
     return _KL(value, log_z, base, q_tail[:, None], (q_tail - t)[:, None], q - w, q)

@@ -1,4 +1,4 @@
-"""Masked language modelling whose masks are known beforehand, so that a teacher's targets can be cached for them.
+"""Masked language modelling whose masks are known beforehand, so that a teacher's targets can be cached.
 
 Shapes: L length.
 """
@@ -10,15 +10,15 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from growlib.errors import GrowError
 from growlib.ki.counter import uniforms
-from growlib.ki.heads import IGNORE_INDEX
+from growlib.ki.tasks import IGNORE_INDEX
 
 
 class MaskedExamples(Dataset):
     """A dataset of token ids with BERT's masking (arXiv 1810.04805, section 3.1), decided by (seed, epoch, example).
 
     Of the chosen positions 80 % become the mask token, 10 % a random one, 10 % stay. `KITrainer` calls `set_epoch`
-    (accelerate does not, with several processes); epoch e has the masks of epoch e mod `masks`, so that a cache of
-    `all_masks()` serves any number of epochs.
+    (accelerate does not, with several processes). Epoch e has the masks of epoch e mod `masks`, so a cache of
+    `all_masks()` is enough for any number of epochs.
 
     Args:
         examples: a dataset with a length and an index; `input_ids` is read, other columns are kept.
@@ -45,9 +45,9 @@ class MaskedExamples(Dataset):
         special: tuple[int, ...] = (),
     ) -> None:
         if masks < 1:
-            raise GrowError(f"MaskedExamples(masks={masks})", "no mask is left", "at least 1")
+            raise GrowError(f"MaskedExamples(masks={masks})", "there are no masks", "at least 1")
         if not 0 < share < 1:
-            raise GrowError(f"MaskedExamples(share={share})", "it is no share of the positions", "such as 0.15")
+            raise GrowError(f"MaskedExamples(share={share})", "it is not between 0 and 1", "such as 0.15")
         self.examples, self.mask_token, self.vocab = examples, mask_token, vocab
         self.masks, self.seed, self.share, self.special = masks, seed, share, special
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # with a loader's workers, which may persist
@@ -57,7 +57,7 @@ class MaskedExamples(Dataset):
 
     @property
     def epoch(self) -> int:
-        """Whose masks are seen."""
+        """The epoch whose masks are used."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -72,7 +72,7 @@ class MaskedExamples(Dataset):
         return self.masked(number, self.epoch)
 
     def masked(self, number: int, epoch: int) -> dict[str, Any]:
-        """An example as an epoch sees it: `input_ids` and `labels`, int64 [L]."""
+        """An example with the masks of an epoch: `input_ids` and `labels`, int64 [L]."""
         example = dict(self.examples[number])
         ids = torch.as_tensor(example["input_ids"]).long()
         place, kind, other = uniforms(self.seed, torch.tensor([number]), epoch % self.masks, 3 * len(ids))[0].chunk(3)
@@ -87,7 +87,7 @@ class MaskedExamples(Dataset):
 
 
 class _OneEpoch(Dataset):
-    """The examples under one epoch's masks."""
+    """The examples with the masks of one epoch."""
 
     def __init__(self, masked: MaskedExamples, epoch: int) -> None:
         self.whole, self.epoch = masked, epoch

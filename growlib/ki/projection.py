@@ -1,4 +1,4 @@
-"""Logits that need not exist: the hidden states and the head that would give them.
+"""Logits that are not computed as a whole: hidden states and a head.
 
 Shapes: N positions, H hidden size, V tokens.
 """
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from growlib.ki.targets import Targets
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -16,7 +18,7 @@ class Projection:
 
     Attributes:
         hidden: [N, H], what the head reads.
-        weight: [V, H], or a DTensor of that shape, which is gathered once.
+        weight: [V, H]; a DTensor is gathered.
         bias: [V], or None.
         scale: factor of the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         softcap: bound of the logits (Gemma 2's `final_logit_softcapping`), or None.
@@ -28,18 +30,23 @@ class Projection:
     scale: float = 1.0
     softcap: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("weight", "bias"):
+            if isinstance(split := getattr(self, name), DTensor):
+                object.__setattr__(self, name, split.full_tensor())
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
     @property
-    def shape(self) -> tuple[int, int]:
-        """(N, V), as the logits' would be."""
-        return self.hidden.shape[0], self.weight.shape[0]
+    def vocab(self) -> int:
+        return self.weight.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where the logits would be."""
         return self.hidden.device
 
     def rows(self, chosen: slice | Tensor) -> "Projection":
-        """Some positions."""
         return replace(self, hidden=self.hidden[chosen])
 
     def tokens(self, start: int, stop: int) -> "Projection":
@@ -47,14 +54,8 @@ class Projection:
         bias = None if self.bias is None else self.bias[start:stop]
         return replace(self, weight=self.weight[start:stop], bias=bias)
 
-    def gathered(self) -> "Projection":
-        """The same with a whole weight and bias on this device."""
-        weight = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
-        bias = self.bias.full_tensor() if isinstance(self.bias, DTensor) else self.bias
-        return replace(self, weight=weight, bias=bias)
-
     def cast(self, dtype: torch.dtype) -> "Projection":
-        """The same in another dtype."""
+        """In another dtype."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
 
@@ -65,3 +66,6 @@ class Projection:
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def targets(self, temperature: float, device: torch.device) -> Targets:
+        return Targets.dense(self.logits(), temperature=temperature).to(device)

@@ -1,6 +1,6 @@
-"""One training step's loss: from the hidden states before the student's head, or from its whole logits.
+"""One training step's loss, from the hidden states before the student's head or from its whole logits, and its log.
 
-Shapes: N positions whose label counts.
+Shapes: B batch, L length, V tokens, N positions that count.
 """
 
 from dataclasses import dataclass
@@ -8,160 +8,156 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
-from growlib.ki.guide import Part
-from growlib.ki.hidden import Reach, stand_in
+from growlib.ki.head_access import HeadAccess, stand_in
 from growlib.ki.linear import linear_ki_sums, teacher_ce
 from growlib.ki.loss import at_least_float32, kl_per_position, mix
-from growlib.ki.targets import rows_of
+from growlib.ki.providers import CHUNK, Part
+from growlib.ki.tasks import Positions
 
-CHUNK = 1024  # positions of held-out logits at once
+ASKED = "Knowledge Inheritance"
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]  # CE, KL, the teacher's CE, and over how many positions the last is known
+
+
+class KIMetrics:
+    """What is logged: sums over the steps since the last report. Nothing leaves the device before `drain`.
+
+    Attributes:
+        alpha: α of the last training step.
+    """
+
+    def __init__(self) -> None:
+        self.alpha = 0.0
+        self._sums: Tensor | None = None  # ce, kd, teacher_ce, positions, positions with a teacher_ce
+
+    @torch.no_grad()
+    def add(self, ce: Tensor, kd: Tensor, teacher_ce: Tensor, known: Tensor, positions: int) -> None:
+        """Add a micro-batch: sums over its positions, in nats; `teacher_ce` is over `known` of them."""
+        sums = torch.stack([ce.detach(), kd.detach(), teacher_ce, known.new_tensor(positions), known]).float()
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all processes since the last call; every process must call it at the same step."""
+        logs = {"ki/alpha": self.alpha}
+        if self._sums is not None:
+            ce, kd, teacher_ce, positions, known = accelerator.reduce(self._sums, "sum").tolist()
+            self._sums = None
+            if positions:
+                logs |= {"ki/ce": ce / positions, "ki/kd": kd / positions}
+            if known:
+                logs["ki/teacher_ce"] = teacher_ce / known
+        return logs
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the two forms of the loss share.
-
-    Attributes:
-        parts: what is known about the positions.
-        labels: [N].
-        counted: [batch · length], which positions they are.
-        alpha: α.
-        ki: the settings.
-    """
+    """What both forms of the loss need: the teacher's parts, the batch's positions, α and the settings."""
 
     parts: list[Part]
-    labels: Tensor
-    counted: Tensor
+    positions: Positions
     alpha: float
     ki: KIConfig
 
 
 def linear_step(
-    step: Step, found: Reach, model: nn.Module, inputs: dict[str, Any], weight: float | Tensor
+    step: Step, access: HeadAccess, model: nn.Module, inputs: dict[str, Any], weight: float | Tensor
 ) -> tuple[Tensor, Sums]:
-    """The loss and `KIMetrics`' sums, computed where the student's head stands and instead of it.
+    """The loss and `KIMetrics`' sums, computed in place of the student's head on a batch without labels.
 
-    The computation runs inside the model's forward pass, where FSDP has gathered the head, and the loss leaves it as
-    the gradient of its logits, so that DDP and FSDP see the graph that they prepare for.
-
-    Args:
-        inputs: the batch without labels.
-        weight: of one position in the loss.
+    The computation runs inside the model's forward pass, where FSDP has gathered the head. It returns logits that are 0
+    and have the loss's gradient, so that DDP and FSDP see the graph that they prepare for. `weight` is of one position.
     """
+    labels = step.positions.labels
     losses: list[Tensor] = []
     sums: list[Tensor] = []
 
-    @torch.compiler.disable  # a compiled model ends before its head, and nothing here is traced anew at each step
+    @torch.compiler.disable  # a compiled model ends before its head, and this is not traced again at each step
     def at_head(hidden: Tensor) -> Tensor:
-        student = found.projection(hidden).rows(step.counted)
+        student = access.projection(hidden).rows(step.positions.flat)
         for part in step.parts:
             rows = slice(None) if part.rows is None else part.rows
-            source, ki = part.source, step.ki
-            found_sums = linear_ki_sums(
-                student.rows(rows), step.labels[rows], source, step.alpha, temperature=ki.temperature, gate=ki.gate
+            of_part = linear_ki_sums(
+                student.rows(rows), labels[rows], part.predictions, step.alpha, step.ki.temperature, step.ki.gate
             )
-            losses.append(found_sums.loss)
-            known = torch.stack(found_sums[3:]) if part.teacher_ce is None else part.teacher_ce
-            sums.append(torch.stack([found_sums.ce, found_sums.kd, *known]))
+            losses.append(of_part.loss)
+            known = torch.stack(of_part[3:]) if part.teacher_ce is None else part.teacher_ce
+            sums.append(torch.stack([of_part.ce, of_part.kd, *known]))
         loss = torch.stack(losses).sum() * weight
         losses[:] = [loss.detach()]
         # Logits of one token that is 0 everywhere, and whose first element has the loss's gradient.
         return (loss - loss.detach()).expand(*hidden.shape[:-1], 1)
 
-    with found.replaced(at_head):
+    with access.replaced(at_head):
         outputs = model(**inputs)
     _refuse_auxiliary_loss(outputs)
     if not losses:
-        raise GrowError("Knowledge Inheritance", "the student did not use its head", "a head that stays the same")
+        raise GrowError(ASKED, "the student no longer uses its head", "the head of the first step")
     first = outputs["logits"].reshape(-1)[0]
     ce, kd, teacher, known = torch.stack(sums).sum(0)
-    # Beside 0, a soft-cap has slope 1.
-    return losses[0] + (first - first.detach()) / found.scale, (ce, kd, teacher, known)
+    # At 0, a soft-cap has slope 1.
+    return losses[0] + (first - first.detach()) / access.scale, (ce, kd, teacher, known)
 
 
 @torch.no_grad()
-def held_out_ce(found: Reach, model: nn.Module, inputs: dict[str, Any], labels: Tensor, counted: Tensor) -> Tensor:
-    """The student's CE at its counted positions, [N]; `labels`, `counted`: [batch · length]."""
+def held_out_ce(access: HeadAccess, model: nn.Module, inputs: dict[str, Any], positions: Positions) -> Tensor:
+    """The student's CE at the positions that count, [N]."""
     ce: list[Tensor] = []
 
     @torch.compiler.disable
     def at_head(hidden: Tensor) -> Tensor:
-        student, wanted = found.projection(hidden).rows(counted), labels[counted]
-        for start in range(0, len(wanted), CHUNK):
+        student = access.projection(hidden).rows(positions.flat)
+        for start in range(0, positions.count, CHUNK):
             rows = slice(start, start + CHUNK)
-            ce.append(F.cross_entropy(student.rows(rows).logits(), wanted[rows], reduction="none"))
+            ce.append(F.cross_entropy(student.rows(rows).logits(), positions.labels[rows], reduction="none"))
         return stand_in(hidden)
 
-    with found.replaced(at_head):
+    with access.replaced(at_head):
         model(**inputs)
-    return torch.cat([labels.new_zeros(0, dtype=torch.float32), *ce])
+    return torch.cat([positions.labels.new_zeros(0, dtype=torch.float32), *ce])
 
 
 def plain_step(step: Step, ce: Tensor, outputs: Any, weight: float | Tensor) -> tuple[Tensor, Sums]:
-    """The loss and `KIMetrics`' sums from the trainer's own loss and the student's logits.
-
-    Raises:
-        GrowError: there are no logits, or the loss has parts that no weight should touch.
-    """
+    """The loss and `KIMetrics`' sums from the trainer's own loss and the student's logits."""
     if step.ki.gate:
-        raise GrowError(
-            "KIConfig(gate=True)",
-            "the loss of this student cannot be taken apart into positions",
-            "a model with its plain loss and a head that growlib reaches (the log says why not), or gate=False",
-        )
-    logits = logits_of(outputs, step.counted)
+        valid = "a model whose loss is the plain cross-entropy, with access to its head (the log says what is missing)"
+        raise GrowError("KIConfig(gate=True)", "the loss of this student is not known position by position", valid)
+    logits = logits_of(outputs, step.positions)
     _refuse_auxiliary_loss(outputs)
     if not logits.requires_grad:
-        raise GrowError(
-            "Knowledge Inheritance",
-            "the student's logits carry no gradient: the trainer behind the mixin computes its loss without them",
-            "loss_is_plain = True in the class that mixes them, where that loss is the plain cross-entropy",
-        )
-    student = at_least_float32(logits[step.counted.to(logits.device)])
+        wrong = "the student's logits carry no gradient: the trainer behind the mixin computes its loss without them"
+        raise GrowError(ASKED, wrong, "loss_is_plain = True in your class, if that loss is the plain cross-entropy")
+    labels = step.positions.labels
+    student = at_least_float32(logits[step.positions.flat.to(logits.device)])
     kd = ce.new_zeros((), dtype=student.dtype)
     known = student.new_zeros(2)
     for part in step.parts:
         rows = slice(None) if part.rows is None else part.rows
-        targets = rows_of(part.source, slice(None), step.ki.temperature, logits.device).over(student.shape[-1])
+        targets = part.predictions.targets(step.ki.temperature, logits.device).over(student.shape[-1])
         kd = kd + kl_per_position(student[rows], targets).sum()
-        known = known + (teacher_ce(targets, step.labels[rows]) if part.teacher_ce is None else part.teacher_ce)
+        known = known + (teacher_ce(targets, labels[rows]) if part.teacher_ce is None else part.teacher_ce)
     # The mean over no position is NaN; its gradient is 0, as the KL's.
-    ce_sum = ce / weight if step.labels.numel() else torch.zeros_like(ce)
+    ce_sum = ce / weight if step.positions.count else torch.zeros_like(ce)
     return mix(ce, kd * weight, step.alpha), (ce_sum, kd, known[0], known[1])
 
 
-def logits_of(outputs: Any, labels: Tensor) -> Tensor:
-    """The student's logits, [batch · length, V], one row per label, of which there are [batch · length].
-
-    Raises:
-        GrowError: there are none, or not so many.
-    """
+def logits_of(outputs: Any, positions: Positions) -> Tensor:
+    """The student's logits, [B · L, V]; raises GrowError where there is not one row per label."""
     if not isinstance(outputs, dict) or outputs.get("logits") is None:
-        raise GrowError(
-            "Knowledge Inheritance",
-            "the student returned no logits beside its loss",
-            "return_dict=True and a loss that keeps the logits (no fused, chunked or Liger loss)",
-        )
-    logits = outputs["logits"].flatten(0, -2)
-    if len(logits) != len(labels):
-        raise GrowError(
-            "Knowledge Inheritance",
-            f"the student's logits are at {len(logits)} positions and the labels at {len(labels)}",
-            "logits aligned with the labels: no virtual tokens in front (prompt tuning), LoRA for instance",
-        )
+        valid = "return_dict=True and a loss that keeps the logits (no fused, chunked or Liger loss)"
+        raise GrowError(ASKED, "the student returned no logits beside its loss", valid)
+    logits, count = outputs["logits"].flatten(0, -2), positions.mask.numel()
+    if len(logits) != count:
+        wrong = f"the student's logits are at {len(logits)} positions and the labels at {count}"
+        raise GrowError(ASKED, wrong, "logits aligned with the labels: no virtual tokens in front (prompt tuning)")
     return logits
 
 
 def _refuse_auxiliary_loss(outputs: Any) -> None:
     for name, value in outputs.items():
         if name.endswith(("aux_loss", "z_loss")) and value is not None:
-            raise GrowError(
-                "Knowledge Inheritance",
-                f"the student adds an auxiliary loss ({name}), which the weight 1 - α would switch off",
-                "output_router_logits=False",
-            )
+            wrong = f"the student adds an auxiliary loss ({name}), which the weight 1 - α would reduce to 0"
+            raise GrowError(ASKED, wrong, "output_router_logits=False")

@@ -1,4 +1,4 @@
-"""When the student has passed its teacher."""
+"""`stop_at="auto"`: the teacher leaves once the student's held-out loss is no higher than its own."""
 
 import logging
 from collections.abc import Iterator
@@ -10,17 +10,15 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 
 from growlib.errors import GrowError
-from growlib.ki.guide import Cached, Guide, Online
-from growlib.ki.linear import teacher_ce
-from growlib.ki.targets import rows_of
+from growlib.ki.providers import HeldOut, TeacherProvider
+from growlib.ki.tasks import Positions
 
 logger = logging.getLogger("growlib")
-
-CHUNK = 1024  # positions of logits at once
+ASKED = 'KIConfig(stop_at="auto")'
 
 
 class StopWhenPassed:
-    """Remembers the teacher's held-out loss, and reads from the training's log whether the teacher was left."""
+    """Remembers the teacher's held-out loss, and reads from the training's log whether the teacher has left."""
 
     def __init__(self) -> None:
         self.measures = False
@@ -30,25 +28,20 @@ class StopWhenPassed:
         self._seen = 0  # entries of the log that were read
         self._stopped = False
 
-    def check(self, guide: Guide, trainer: Trainer) -> None:
+    def check(self, provider: TeacherProvider, trainer: Trainer) -> None:
         """Raise GrowError where a teacher's or the student's held-out loss cannot be known."""
-        asked = 'KIConfig(stop_at="auto")'
-        known = isinstance(guide, Cached) and guide.cache.header.held_out_ce is not None
-        if not (known or isinstance(guide, Online)):
-            raise GrowError(
-                asked,
-                "the teacher's held-out loss is not known: it is one of several, or a cache without it",
-                "one online teacher, cache_teacher(..., held_out=...), or a share of training",
-            )
+        if provider.held_out is None:
+            wrong = "the teacher's held-out loss is not known: it is one of several, or a cache without it"
+            raise GrowError(ASKED, wrong, "one online teacher, cache_teacher(..., held_out=...), or a number")
         if trainer.eval_dataset is None:
-            valid = "an eval_dataset, with eval_strategy in TrainingArguments; or a share of training"
-            raise GrowError(asked, "the trainer has no held-out text on which to compare", valid)
+            valid = "an eval_dataset, with eval_strategy in TrainingArguments; or a number"
+            raise GrowError(ASKED, "the trainer has no held-out text on which to compare", valid)
         if trainer.args.eval_strategy == "no":
-            logger.warning("%s: no eval_strategy, and the teacher stays until something else evaluates.", asked)
+            logger.warning("%s: no eval_strategy, and the teacher stays until something else evaluates.", ASKED)
 
     def stopped(self, state: TrainerState) -> bool:
-        """Whether the teacher was left, in this training or before its checkpoint."""
-        if state is not self._state:  # a new training; the log of a resumed one holds what was logged before
+        """Whether the teacher has left, in this training or before its checkpoint."""
+        if state is not self._state:  # a new training; a resumed one has the log of what it resumes
             self._state, self._seen, self._stopped, self._loss = state, 0, False, None
         new = state.log_history[self._seen :]
         self._seen += len(new)
@@ -65,38 +58,25 @@ class StopWhenPassed:
             self.measures = False
 
     @torch.no_grad()
-    def add(self, guide: Guide, batch: dict[str, Any], student_ce: Tensor, labels: Tensor) -> None:
-        """Add a batch: the student's CE at its N counted positions, and their labels, both [N].
+    def add(self, held_out: HeldOut, batch: dict[str, Any], positions: Positions, student_ce: Tensor) -> None:
+        """Add a batch and the student's CE at its N positions.
 
         The teacher runs in the first evaluation only. Labels that it does not know are left out, for both.
         """
         of_teacher = student_ce.new_zeros(())
-        if isinstance(guide, Cached):
-            self._loss = guide.cache.header.held_out_ce
-            vocab = guide.cache.header.vocab
-        else:
-            assert isinstance(guide, Online)
-            vocab = guide.teacher.common_vocab
-            if self._loss is None:
-                source, _ = guide.teacher.at_labels(batch)
-                for start in range(0, len(labels), CHUNK):
-                    rows = slice(start, start + CHUNK)
-                    of_teacher += teacher_ce(rows_of(source, rows, 1.0, labels.device), labels[rows])[0]
-        known = labels < vocab
+        if held_out.ce_of is None:
+            self._loss = held_out.ce
+        elif self._loss is None:
+            of_teacher = held_out.ce_of(batch, positions)
+        known = positions.labels < held_out.vocab
         self._sums += torch.stack([student_ce[known].sum(), of_teacher, known.sum()]).cpu()
 
     def compare(self, trainer: Trainer) -> dict[str, float]:
-        """What the evaluation adds to the log: both mean CE over all processes, and whether the teacher is left.
-
-        Raises:
-            GrowError: no label counts.
-        """
+        """What the evaluation adds to the log: both mean CE over all processes, and whether the teacher leaves."""
         sums = trainer.accelerator.reduce(self._sums.to(trainer.args.device), "sum")
         student, teacher, positions = sums.tolist()
         if positions == 0:
-            raise GrowError(
-                'KIConfig(stop_at="auto")', "the held-out text has no label that counts", "an eval_dataset with labels"
-            )
+            raise GrowError(ASKED, "the held-out text has no label that counts", "an eval_dataset with labels")
         if self._loss is None:
             self._loss = teacher / positions
         losses = {"ki/student_held_out": student / positions, "ki/teacher_held_out": self._loss}

@@ -1,4 +1,4 @@
-"""An online teacher: found, checked against the student, frozen."""
+"""An online teacher: loaded, checked against the student, frozen."""
 
 import inspect
 import logging
@@ -9,81 +9,67 @@ import torch
 import transformers
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
-from growlib.ki.heads import IGNORE_INDEX, aligned_labels, decoder_inputs, head_of, outcomes
-from growlib.ki.hidden import Reach, Unreachable, reach, without_logits
+from growlib.ki.head_access import HeadAccess, NoHeadAccess, access_head
 from growlib.ki.projection import Projection
+from growlib.ki.targets import Logits
+from growlib.ki.tasks import Positions, decoder_inputs, outcomes, task_of
 
 logger = logging.getLogger("growlib")
 
-AUTO_CLASS: dict[str, Any] = {
-    "causal": AutoModelForCausalLM,
-    "masked": AutoModelForMaskedLM,
-    "seq2seq": AutoModelForSeq2SeqLM,
-    "image": AutoModelForImageClassification,
+AUTO_CLASS = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image": "AutoModelForImageClassification",
 }
 NOT_FOR_THE_TEACHER = {"labels", "shift_labels", "num_items_in_batch"}
 
 
 class Teacher:
-    """A frozen model that gives the logits to learn from.
+    """A frozen model to learn from.
 
     It is no `nn.Module`, so that nothing that walks the student's modules wraps, trains or saves it.
 
     Attributes:
         model: in eval mode, without gradients.
         common_vocab: number of token ids that teacher and student share.
-        head: how its labels meet its logits.
+        task: decides how its labels are aligned with its logits.
         names: what its forward pass takes.
     """
 
     def __init__(self, model: PreTrainedModel, common_vocab: int) -> None:
         self.model = model.eval().requires_grad_(False)
         self.common_vocab = common_vocab
-        self.head = head_of(model)
+        self.task = task_of(model)
         parameters = inspect.signature(model.forward).parameters
         self.names = set(parameters)
-        self._reach: Reach | None = None
-        self._reach_known = False
         self._takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._access: HeadAccess | None = None
+        self._access_known = False
 
     @torch.no_grad()
-    def logits(self, inputs: dict[str, Any]) -> Tensor:
-        """The teacher's logits on the student's inputs, [batch, length, common_vocab]."""
-        return self.model(**self._inputs(inputs)).logits[..., : self.common_vocab]
+    def predict(self, inputs: dict[str, Any], positions: Positions) -> Logits | Projection:
+        """What it says on the student's inputs at the positions that count, over `common_vocab` token ids.
 
-    @torch.no_grad()
-    def at_labels(self, inputs: dict[str, Any]) -> tuple[Tensor | Projection, Tensor]:
-        """The same at the positions whose label counts, [N, common_vocab], and their labels [N].
-
-        Hidden states and head stand for the logits where the head can be reached; on the teacher's device.
+        Hidden states and head where growlib has access to the head, logits otherwise; on the teacher's device.
         """
-        labels = aligned_labels(inputs, self.head).reshape(-1)
-        counted = labels != IGNORE_INDEX
         kept = self._inputs(inputs)
-        if not self._reach_known:
-            self._reach_known = True
+        if not self._access_known:
+            self._access_known = True
             try:
-                self._reach = reach(self.model, self.model, kept)
-            except Unreachable as reason:
+                self._access = access_head(self.model, self.model, kept)
+            except NoHeadAccess as reason:
                 logger.info("the teacher's logits are computed as a whole: %s", reason)
-        if self._reach is None:
+        if self._access is None:
             logits = self.model(**kept).logits[..., : self.common_vocab]
-            return logits.reshape(-1, logits.shape[-1])[counted.to(logits.device)], labels[counted]
-        found = without_logits(self._reach, self.model, kept).tokens(0, self.common_vocab)
-        return found.rows(counted.to(found.device)), labels[counted]
+            whole: Logits | Projection = Logits(logits.reshape(-1, logits.shape[-1]))
+        else:
+            whole = self._access.run(self.model, kept).tokens(0, self.common_vocab)
+        return whole.rows(positions.flat.to(whole.device))
 
     def _inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the teacher takes of a batch, where it takes it."""
@@ -97,7 +83,7 @@ class Teacher:
         if "use_cache" in self.names:
             kept["use_cache"] = False
         if self.model.config.is_encoder_decoder:
-            kept |= decoder_inputs(self.model, inputs) or {"labels": inputs["labels"]}  # it shifts them by itself
+            kept |= decoder_inputs(self.model, inputs) or {"labels": inputs["labels"]}  # which it shifts itself
         device = self.model.device  # meta: accelerate reads the weights when they are needed, and moves the inputs
         return kept if device.type == "meta" else send_to_device(kept, device)
 
@@ -106,115 +92,88 @@ def resolve_teacher(
     config: KIConfig,
     teacher: PreTrainedModel | str | os.PathLike[str],
     student: PreTrainedModel,
-    student_tokenizer: Any,
+    tokenizer: Any,
     device: torch.device,
 ) -> Teacher:
-    """Load a teacher, or take the model that the config holds, and check that it can teach the student.
+    """Load one of `config.teacher`, and check that it can teach the student.
 
     Args:
-        teacher: one of those in `config.teacher`.
-        student_tokenizer: the student's, or None where it is not known.
+        tokenizer: the student's, or None where it is not known.
         device: where the teacher goes; one with a device map of its own stays where it is.
 
     Raises:
-        GrowError: the teacher cannot be loaded from safetensors, is another kind of model, shares
-            parameters with the student, or its token ids do not mean what the student's mean.
+        GrowError: it cannot be loaded from safetensors, is made for another task, shares parameters with the student,
+            or its token ids do not mean what the student's mean.
     """
-    head = head_of(student)
-    if isinstance(teacher, PreTrainedModel):
-        model, source = teacher, teacher.name_or_path or ""
-    else:
-        source = os.fspath(teacher)
-        model = load_teacher(source, head, config.teacher_dtype)
-    asked = f"KIConfig(teacher={source or type(model).__name__!r})"
-    if head_of(model) != head:
-        raise GrowError(asked, f"a {head_of(model)} model cannot teach a {head} one", f"a {head} model")
+    task = task_of(student)
+    model = load_teacher(teacher, task, config.teacher_dtype)
+    folder = model.name_or_path or ""
+    asked = f"KIConfig(teacher={folder or type(model).__name__!r})"
+    if task_of(model) != task:
+        raise GrowError(asked, f"a {task_of(model)} model cannot teach a {task} one", f"a {task} model")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise GrowError(
-            asked,
-            "DeepSpeed ZeRO-3 split its parameters when it was made, and no engine joins them again",
-            "its folder or hub id, which is loaded whole in each process; or a cache (growlib.cache_teacher)",
-        )
-    if _share_parameters(model, student):
-        raise GrowError(
-            asked,
-            "it shares parameters with the student, which freezing it would freeze",
-            "a copy of the model",
-        )
-    if head == "image":
+        wrong = "DeepSpeed ZeRO-3 split its parameters when it was made, and no engine joins them again"
+        valid = "its folder or hub id, which is loaded whole in each process; or a cache (growlib.cache_teacher)"
+        raise GrowError(asked, wrong, valid)
+    if not {id(p) for p in model.parameters()}.isdisjoint(id(p) for p in student.parameters()):
+        wrong = "it shares parameters with the student, which would be frozen with it"
+        raise GrowError(asked, wrong, "a copy of the model")
+    if task == "image":
         names = [_class_names(model), _class_names(student)]
     else:
-        names = [tokenizer and tokenizer.get_vocab() for tokenizer in (tokenizer_at(source), student_tokenizer)]
+        names = [known and known.get_vocab() for known in (tokenizer_at(folder), tokenizer)]
     common_vocab = _common_vocab(asked, config, [outcomes(model), outcomes(student)], names)
     if getattr(model, "hf_device_map", None) is None:
         model.to(device=device, dtype=config.teacher_dtype)  # type: ignore[call-arg]
     return Teacher(model, common_vocab)
 
 
-def load_teacher(source: str, head: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load safetensors weights, never code.
+def load_teacher(teacher: Any, task: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A model, or the safetensors weights of a folder or hub id, never its code; GrowError where they do not load.
 
-    Args:
-        head: the kind of model; None: the class that the config names, or a causal one where it names none.
-
-    Raises:
-        GrowError: they do not load, or not as this kind of model.
+    Without a task, the class is what the config names, or a causal one where it names none.
     """
-    asked = f"the teacher {source!r}"
-    if head is not None and head not in AUTO_CLASS:
-        raise GrowError(f"a teacher with head={head!r}", "there is no such kind of model", ", ".join(AUTO_CLASS))
-    kind = "language" if head is None else head
+    if isinstance(teacher, PreTrainedModel):
+        return teacher
+    if not isinstance(teacher, str | os.PathLike):
+        wrong = f"the teacher is a {type(teacher).__name__}"
+        raise GrowError("loading a teacher", wrong, "a PreTrainedModel, a folder or a hub id")
+    folder = os.fspath(teacher)
+    asked = f"the teacher {folder!r}"
+    if task is not None and task not in AUTO_CLASS:
+        raise GrowError(f"a teacher with task={task!r}", "there is no such task", ", ".join(AUTO_CLASS))
+    kind = "language" if task is None else task
     try:
-        if head is None:
-            named = AutoConfig.from_pretrained(source, trust_remote_code=False).architectures or [""]
-            model_class: Any = getattr(transformers, named[0], AutoModelForCausalLM)
+        if task is None:
+            named = AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or [""]
+            model_class: Any = getattr(transformers, named[0], transformers.AutoModelForCausalLM)
         else:
-            model_class = AUTO_CLASS[head]
-        model, report = model_class.from_pretrained(
-            source,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+            model_class = getattr(transformers, AUTO_CLASS[task])
+        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        model, report = model_class.from_pretrained(folder, dtype=dtype or "auto", **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise GrowError(
-            asked,
-            f"it does not load as a {kind} model ({error})",
-            "a folder or hub id with a config.json of a transformers architecture and safetensors weights",
-        ) from error
+        valid = "a folder or hub id with a config.json of a transformers architecture and safetensors weights"
+        raise GrowError(asked, f"it does not load as a {kind} model ({error})", valid) from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
-        raise GrowError(
-            asked,
-            f"the checkpoint lacks {missing}",
-            f"the checkpoint of a {kind} model, head included",
-        )
+        raise GrowError(asked, f"the checkpoint lacks {missing}", f"the checkpoint of a {kind} model, head included")
     return model
 
 
-def _share_parameters(one: nn.Module, other: nn.Module) -> bool:
-    return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())
-
-
-def tokenizer_at(source: str) -> Any:
-    """The tokenizer that lies beside the teacher's weights; None where there is none.
-
-    Raises:
-        GrowError: it is broken.
-    """
-    if os.path.isdir(source):
-        if not any(os.path.isfile(os.path.join(source, f"tokenizer{end}")) for end in (".json", "_config.json")):
+def tokenizer_at(folder: str) -> Any:
+    """The tokenizer beside the teacher's weights, or None; raises GrowError where it is broken."""
+    if os.path.isdir(folder):
+        if not any(os.path.isfile(os.path.join(folder, f"tokenizer{end}")) for end in (".json", "_config.json")):
             return None
-    elif os.path.exists(source) or not source:
+    elif os.path.exists(folder) or not folder:
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except OSError:
         return None
-    except Exception as error:  # what tokenizers raises has no class of its own
+    except Exception as error:  # the tokenizers library raises plain exceptions
         wrong = f"its tokenizer cannot be read ({error})"
-        raise GrowError(f"the teacher {source!r}", wrong, "a tokenizer of transformers, or none") from error
+        raise GrowError(f"the teacher {folder!r}", wrong, "a tokenizer of transformers, or none") from error
 
 
 def _class_names(model: PreTrainedModel) -> dict[str, int] | None:
@@ -223,40 +182,30 @@ def _class_names(model: PreTrainedModel) -> dict[str, int] | None:
     return None if all(name == f"LABEL_{i}" for name, i in names.items()) else names
 
 
-def _common_vocab(asked: str, config: KIConfig, sizes: list[int], names: list[dict[str, int] | None]) -> int:
+def _common_vocab(asked: str, config: KIConfig, vocabs: list[int], names: list[dict[str, int] | None]) -> int:
     """How many ids, from 0 up, teacher and student share; of tokens, or of an image's classes.
 
     Args:
-        sizes: of the teacher's and the student's vocabulary.
+        vocabs: how many ids the teacher has, and the student.
         names: the ids of the teacher's and the student's tokens; None where there is no tokenizer.
     """
-    common = min(sizes) if config.common_vocab is None else config.common_vocab
-    if common > min(sizes):
-        raise GrowError(
-            f"KIConfig(common_vocab={common})",
-            f"teacher and student have {sizes[0]} and {sizes[1]} ids",
-            f"at most {min(sizes)}",
-        )
+    common = min(vocabs) if config.common_vocab is None else config.common_vocab
+    wrong = f"teacher and student have {vocabs[0]} and {vocabs[1]} ids"
+    if common > min(vocabs):
+        raise GrowError(f"KIConfig(common_vocab={common})", wrong, f"at most {min(vocabs)}")
     if names[0] and names[1]:
-        mine, others = (
-            {name: i for name, i in table.items() if config.common_vocab is None or i < common}
-            for table in names
-            if table
-        )
-        if mine != others:
-            raise GrowError(
-                asked,
-                "its tokens or classes are not the student's: "
-                f"{len(mine.items() ^ others.items())} (name, id) pairs are in only one of them",
-                "a teacher with the student's, or common_vocab=the number of ids from 0 that agree",
-            )
-        return common if sizes[0] == sizes[1] else min(common, max(mine.values()) + 1)
-    if sizes[0] != sizes[1] and config.common_vocab is None:
-        raise GrowError(
-            asked,
-            f"its vocabulary has {sizes[0]} ids and the student's {sizes[1]}, and without both tokenizers "
-            "(the trainer's processing_class, the teacher's folder) nothing shows that only padding differs",
-            "a teacher with the student's vocabulary, both tokenizers, or common_vocab=the number of ids "
-            "from 0 that mean the same",
-        )
+        tables = [table or {} for table in names]
+        if config.common_vocab is not None:
+            tables = [{name: i for name, i in table.items() if i < common} for table in tables]
+        of_teacher, of_student = tables
+        if of_teacher != of_student:
+            number = len(of_teacher.items() ^ of_student.items())
+            wrong = f"its tokens or classes are not the student's: {number} (name, id) pairs are in only one of them"
+            valid = "a teacher with the student's, or common_vocab=the number of ids from 0 that agree"
+            raise GrowError(asked, wrong, valid)
+        return common if vocabs[0] == vocabs[1] else min(common, max(of_teacher.values()) + 1)
+    if vocabs[0] != vocabs[1] and config.common_vocab is None:
+        wrong += ", and without both tokenizers (the trainer's processing_class, the teacher's folder) nothing proves "
+        valid = "a teacher with the student's vocabulary, both tokenizers, or common_vocab=the number of shared ids"
+        raise GrowError(asked, wrong + "that only padding differs", valid)
     return common

@@ -1,11 +1,9 @@
 """Knowledge Inheritance inside the Hugging Face Trainer."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -13,14 +11,11 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
-from growlib.ki.guide import DOMAIN, Guide, WithDomain, resolve_guide
-from growlib.ki.heads import IGNORE_INDEX, aligned_labels, decoder_inputs, head_of
-from growlib.ki.hidden import Reach, Unreachable, reach
-from growlib.ki.metrics import KIMetrics
-from growlib.ki.step import Step, held_out_ce, linear_step, logits_of, plain_step
+from growlib.ki.loss_form import LossForm, find_loss_form, without_labels
+from growlib.ki.providers import DOMAIN, TeacherProvider, WithDomain, load_provider
+from growlib.ki.step import ASKED, KIMetrics, Step, held_out_ce, linear_step, logits_of, plain_step
 from growlib.ki.stop import StopWhenPassed
-
-logger = logging.getLogger("growlib")
+from growlib.ki.tasks import Positions, task_of
 
 if TYPE_CHECKING:  # a mixin's super() calls are typed by the class that it is mixed into
     _Base = Trainer
@@ -44,8 +39,8 @@ class KIMixin(_Base):
 
     Attributes:
         loss_is_plain: set it to True in a subclass whose trainer overrides `compute_loss` and still minimises the plain
-            cross-entropy (trl's SFTTrainer): the loss is then computed from the states before the head, once one
-            batch has shown that it is the same.
+            cross-entropy (trl's SFTTrainer). The loss is then computed from the states before the head, if the first
+            batch shows that it is the same.
 
     Raises:
         GrowError: the teacher cannot teach this student, or the run splits the student in an unsupported way.
@@ -55,19 +50,19 @@ class KIMixin(_Base):
 
     def __init__(self, *args: Any, ki: KIConfig | None = None, **kwargs: Any) -> None:
         if not isinstance(ki, KIConfig | None):
-            raise GrowError(f"ki={type(ki).__name__} object", "these are no settings", "a growlib.KIConfig, or None")
+            raise GrowError(f"ki={type(ki).__name__} object", "it is not a KIConfig", "a growlib.KIConfig, or None")
         super().__init__(*args, **kwargs)
         self.ki = ki
         self._ki_metrics = KIMetrics()
-        self._ki_guide: Guide | None = None
-        self._ki_path: _Path | None = None
+        self._ki_provider: TeacherProvider | None = None
+        self._ki_loss_form: LossForm | None = None
         self._ki_stop = StopWhenPassed()
         if ki is not None:
-            self._ki_refuse_split_students()
-            self._ki_head = head_of(self._ki_student())
-            self._ki_guide = self._ki_resolve_guide(ki)
+            _refuse_split_students(self)
+            self._ki_task = task_of(_bare_student(self))
+            self._ki_provider = self._ki_load_provider(ki)
             if ki.stop_at == "auto":
-                self._ki_stop.check(self._ki_guide, self)
+                self._ki_stop.check(self._ki_provider, self)
             self.add_callback(_EpochOfData(self))
             if ki.domain is not None:
                 assert isinstance(ki.teacher, Mapping)
@@ -80,48 +75,42 @@ class KIMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Mix the teacher into the trainer's loss; arguments, return, scale as in `Trainer.compute_loss`.
-
-        Raises:
-            GrowError: the outputs lack logits, or the model's loss has a part that is no cross-entropy.
-        """
-        batch, inputs = inputs, {name: value for name, value in inputs.items() if name != DOMAIN}
+        """Mix the teacher into the trainer's loss; arguments, return, scale as in `Trainer.compute_loss`."""
+        batch, inputs = inputs, _without_domain(inputs)
         if self.ki is None or not model.training:
             if self._ki_stop.measures:
-                self._ki_measure(model, batch)
+                self._ki_measure(model, inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         alpha = self._ki_alpha(self.ki)
         self._ki_metrics.alpha = alpha
         if alpha == 0:
-            self._ki_guide = None
+            self._ki_provider = None
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-        if self._ki_guide is None:  # released by an earlier train() of this trainer
-            self._ki_guide = self._ki_resolve_guide(self.ki)
-        if self._ki_path is None:
-            self._ki_path = self._ki_find_path(model, inputs)
-        batch = self._ki_aligned(batch, self._ki_path)
+        if self._ki_provider is None:  # an earlier train() of this trainer let it go
+            self._ki_provider = self._ki_load_provider(self.ki)
+        form = self._ki_form(model, inputs)
+        positions = Positions.of(inputs, self._ki_task, form.shifts)
         with self.accelerator.autocast():
-            parts = self._ki_guide.parts(batch)
-        labels = aligned_labels(batch, self._ki_head).reshape(-1)
-        counted = labels != IGNORE_INDEX
-        step = Step(parts, labels[counted], counted, alpha, self.ki)
-        divides = num_items_in_batch is not None and self._ki_path.divides
-        denominator: Any = num_items_in_batch if divides else max(step.labels.numel(), 1)
+            parts = self._ki_provider.parts(batch, positions)
+        step = Step(parts, positions, alpha, self.ki)
+        divides = num_items_in_batch is not None and form.divides
+        denominator: Any = num_items_in_batch if divides else max(positions.count, 1)
         # Of one position; of none, a micro-batch may be the whole denominator, which is then 0.
-        weight = self._ki_loss_scale(num_items_in_batch) / denominator if step.labels.numel() else 0.0
-        if self._ki_path.reach is not None and not return_outputs:
-            loss, sums = linear_step(step, self._ki_path.reach, model, self._ki_without_labels(inputs), weight)
+        weight = _loss_scale(self, num_items_in_batch) / denominator if positions.count else 0.0
+        if form.access is not None and not return_outputs:
+            unlabelled = without_labels(inputs, _bare_student(self), self._ki_task)
+            loss, sums = linear_step(step, form.access, model, unlabelled, weight)
         else:
             ce, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             loss, sums = plain_step(step, ce, outputs, weight)
-        self._ki_metrics.add(*sums, step.labels.numel())
+        self._ki_metrics.add(*sums, positions.count)
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in `Trainer.evaluate`; with `stop_at="auto"`, in training, the teacher is left once it is passed."""
-        hears = self.ki is not None and self.ki.stop_at == "auto" and self.is_in_train and self._ki_guide is not None
-        if eval_dataset is not None or not hears:
+        """As in `Trainer.evaluate`; with `stop_at="auto"`, in training, the teacher leaves once it is passed."""
+        compares = self.ki is not None and self.ki.stop_at == "auto" and self.is_in_train
+        if eval_dataset is not None or not compares or self._ki_provider is None:
             return super().evaluate(eval_dataset, *args, **kwargs)
         with self._ki_stop.measuring():
             metrics = super().evaluate(None, *args, **kwargs)
@@ -131,12 +120,12 @@ class KIMixin(_Base):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As in `Trainer.prediction_step`, of which the domains are none of the business."""
-        return super().prediction_step(model, {n: x for n, x in inputs.items() if n != DOMAIN}, *args, **kwargs)
+        """As in `Trainer.prediction_step`, without the domains."""
+        return super().prediction_step(model, _without_domain(inputs), *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer.train`, whose `model_init` makes a new student."""
-        self._ki_path = None
+        self._ki_loss_form = None
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -145,106 +134,53 @@ class KIMixin(_Base):
             logs |= self._ki_metrics.drain(self.accelerator)
         super().log(logs, start_time)
 
-    def _ki_loss_scale(self, num_items_in_batch: Tensor | int | None) -> int:
-        """The factor by which `Trainer.compute_loss` undoes the gradient mean over processes."""
-        undone = (
-            self.args.average_tokens_across_devices
-            and (self.model_accepts_loss_kwargs or self.compute_loss_func)
-            and num_items_in_batch is not None
-        )
-        return self.accelerator.num_processes if undone else 1
-
     def _ki_alpha(self, ki: KIConfig) -> float:
         if ki.stop_at == "auto" and self._ki_stop.stopped(self.state):
             return 0.0
         return ki.alpha_at(self.state.global_step / max(self.state.max_steps, 1))
 
-    def _ki_find_path(self, model: nn.Module, inputs: dict[str, Any]) -> "_Path":
-        """How the trainer's loss is normalised, and whether it can be computed from the head's hidden states.
+    def _ki_form(self, model: nn.Module, inputs: dict[str, Any]) -> LossForm:
+        """How the loss of the trainer behind the mixin is computed, found on the first batch."""
+        if self._ki_loss_form is None:
+            behind: Any = super().compute_loss
+            scale = _loss_scale(self, 1)
 
-        Models that compute their loss inline (BERT, T5) accept `num_items_in_batch` and ignore it, and nothing
-        declares it. Forward passes at the first step show it: a sum over the items halves over twice as many. They
-        also show whether the loss is the plain cross-entropy of logits that the head alone makes.
-        """
-        labels = aligned_labels(inputs, self._ki_head)
-        if not (labels != IGNORE_INDEX).any():  # its loss would be NaN
-            inputs = {name: x.clamp(min=0) if name in ("labels", "shift_labels") else x for name, x in inputs.items()}
-            labels = aligned_labels(inputs, self._ki_head)
-        items = (labels != IGNORE_INDEX).sum()
-        model = getattr(model, "_orig_mod", model)  # no graph of torch.compile for what runs once
-        trains = model.training
-        model.eval()  # no dropout differs
-        found: Reach | None = None
-        shifts = True
-        with torch.no_grad():
-            once: Any = super().compute_loss(model, dict(inputs), False, items)
-            divides = bool(once != super().compute_loss(model, dict(inputs), False, 2 * items))
-            try:
-                self._ki_require_stock_loss()
-                unlabelled = self._ki_without_labels(inputs)
-                found = reach(self._ki_student(), model, unlabelled)
-                once = once / self._ki_loss_scale(items)
-                shifts = self._ki_loss_shifts(once, model(**unlabelled).logits, inputs)
-            except Unreachable as reason:
-                found = None
-                logger.warning("The loss is computed from whole logits: %s.", reason)
-        model.train(trains)
-        return _Path(divides, found, shifts)
+            def loss_behind(bare: nn.Module, batch: dict[str, Any], items: Tensor) -> Any:
+                return behind(bare, batch, False, items) / scale
 
-    def _ki_loss_shifts(self, loss: Tensor, logits: Tensor, inputs: dict[str, Any]) -> bool:
-        """Whether a loss is the CE of the labels as they are aligned, or (False) of each position's own label.
+            student, needs_logits = _bare_student(self), self._ki_needs_logits()
+            self._ki_loss_form = find_loss_form(model, student, inputs, self._ki_task, loss_behind, needs_logits)
+        return self._ki_loss_form
 
-        Raises:
-            Unreachable: it is neither.
-        """
-        exact = logits.dtype.itemsize >= 4 and not torch.is_autocast_enabled(logits.device.type)
-
-        def is_ce_of(labels: Tensor) -> bool:
-            if logits.shape[:-1] != labels.shape:
-                raise Unreachable("its logits are not one per label")
-            ce = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
-            return bool(abs(loss - ce) <= (1e-4 if exact else 1e-2) * ce)
-
-        if is_ce_of(aligned_labels(inputs, self._ki_head)):
-            return True
-        if "shift_labels" not in inputs and is_ce_of(inputs["labels"]):
-            return False
-        raise Unreachable("the student's own loss is not the plain cross-entropy")
-
-    def _ki_require_stock_loss(self) -> None:
+    def _ki_needs_logits(self) -> str | None:
+        """Why the loss needs whole logits, as far as the trainer's own settings say."""
         classes = type(self).__mro__
         behind = classes[classes.index(KIMixin) + 1 :]
         owner = next(cls for cls in behind if "compute_loss" in vars(cls))
-        reasons = {
-            f"{owner.__name__} computes a loss of its own": owner is not Trainer and not self.loss_is_plain,
-            "labels are smoothed": self.label_smoother is not None,
-            "the trainer was given a compute_loss_func": self.compute_loss_func is not None,
-        }
-        for reason, present in reasons.items():
-            if present:
-                raise Unreachable(reason)
+        if owner is not Trainer and not self.loss_is_plain:
+            return f"{owner.__name__} computes a loss of its own"
+        if self.label_smoother is not None:
+            return "labels are smoothed"
+        return None if self.compute_loss_func is None else "the trainer was given a compute_loss_func"
 
-    def _ki_without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch as a forward pass without a loss takes it; raises Unreachable where it does not without labels."""
-        kept = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-        if self._ki_head == "seq2seq":
-            of_decoder = decoder_inputs(self._ki_student(), inputs)
-            if not of_decoder:
-                raise Unreachable("it makes its decoder's inputs of the labels by itself")
-            kept |= of_decoder
-        return kept
+    def _ki_load_provider(self, ki: KIConfig) -> TeacherProvider:
+        with _outside_zero3(self):
+            return load_provider(ki, _bare_student(self), _tokenizer_of(self), self.args.device)
 
-    def _ki_student(self) -> PreTrainedModel:
-        """The student without the wrappers of accelerate and PEFT."""
-        student = self.accelerator.unwrap_model(self.model)
-        return student.get_base_model() if hasattr(student, "get_base_model") else student
-
-    def _ki_resolve_guide(self, ki: KIConfig) -> Guide:
-        tokenizer = self.processing_class
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a multimodal processor, or None
-            tokenizer = getattr(tokenizer, "tokenizer", None)
-        with _outside_zero3(getattr(self.args, "hf_deepspeed_config", None)):
-            return resolve_guide(ki, self._ki_student(), tokenizer, self._ki_head, self.args.device)
+    def _ki_measure(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Add a held-out batch to the comparison of student and teacher."""
+        form = self._ki_form(model, inputs)
+        positions = Positions.of(inputs, self._ki_task, form.shifts)
+        if form.access is not None:
+            unlabelled = without_labels(inputs, _bare_student(self), self._ki_task)
+            ce = held_out_ce(form.access, model, unlabelled, positions)
+        else:
+            _, outputs = super().compute_loss(model, dict(inputs), True)
+            logits = logits_of(outputs, positions).float()[positions.flat]
+            ce = F.cross_entropy(logits, positions.labels, reduction="none")
+        assert self._ki_provider is not None
+        assert self._ki_provider.held_out is not None  # checked when the trainer was made
+        self._ki_stop.add(self._ki_provider.held_out, inputs, positions, ce)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -252,46 +188,66 @@ class KIMixin(_Base):
         if self.ki is not None and self.ki.domain is not None and self.ki.domain not in columns:
             columns.append(self.ki.domain)
 
-    def _ki_measure(self, model: nn.Module, batch: dict[str, Any]) -> None:
-        """Add a held-out batch to what says whether the student has passed its teacher."""
-        inputs = {name: value for name, value in batch.items() if name != DOMAIN}
-        if self._ki_path is None:
-            self._ki_path = self._ki_find_path(model, inputs)
-        batch = self._ki_aligned(inputs, self._ki_path)
-        labels = aligned_labels(batch, self._ki_head).reshape(-1)
-        counted = labels != IGNORE_INDEX
-        if self._ki_path.reach is not None:
-            ce = held_out_ce(self._ki_path.reach, model, self._ki_without_labels(inputs), labels, counted)
-        else:
-            _, outputs = super().compute_loss(model, dict(inputs), True)
-            ce = F.cross_entropy(logits_of(outputs, labels).float()[counted], labels[counted], reduction="none")
-        assert self._ki_guide is not None
-        self._ki_stop.add(self._ki_guide, batch, ce, labels[counted])
 
-    @staticmethod
-    def _ki_aligned(batch: dict[str, Any], path: "_Path") -> dict[str, Any]:
-        return dict(batch) if path.shifts else {**batch, "shift_labels": batch["labels"]}
-
-    def _ki_refuse_split_students(self) -> None:
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        splits = {
-            "nn.DataParallel over several GPUs in one process": self.args.n_gpu > 1,
-            "tensor, context or sequence parallelism": (
-                (parallelism is not None and parallelism.non_data_parallel_size > 1)
-                or (getattr(self.model, "tp_size", None) or 1) > 1
-            ),
-        }
-        for split, present in splits.items():
-            if present:
-                raise GrowError(
-                    f"Knowledge Inheritance with {split}",
-                    "the teacher and its loss do not follow this split",
-                    "one process per GPU (torchrun) with data parallelism",
-                )
+def _without_domain(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What student and trainer take of a batch."""
+    return {name: value for name, value in inputs.items() if name != DOMAIN}
 
 
 class KITrainer(KIMixin, Trainer):
     """The Hugging Face `Trainer` with a teacher: `KITrainer(model=..., args=..., ki=KIConfig(...), ...)`."""
+
+
+def _bare_student(trainer: Trainer) -> PreTrainedModel:
+    """The student without the wrappers of accelerate and PEFT."""
+    student: Any = trainer.accelerator.unwrap_model(trainer.model)
+    return student.get_base_model() if hasattr(student, "get_base_model") else student
+
+
+def _tokenizer_of(trainer: Trainer) -> PreTrainedTokenizerBase | None:
+    """The student's tokenizer, where the trainer has one, also inside a multimodal processor."""
+    given: Any = trainer.processing_class
+    return given if isinstance(given, PreTrainedTokenizerBase) else getattr(given, "tokenizer", None)
+
+
+def _loss_scale(trainer: Trainer, num_items_in_batch: Any) -> int:
+    """The factor by which `Trainer.compute_loss` undoes the gradient mean over processes."""
+    undone = (
+        trainer.args.average_tokens_across_devices
+        and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
+        and num_items_in_batch is not None
+    )
+    return trainer.accelerator.num_processes if undone else 1
+
+
+def _refuse_split_students(trainer: Trainer) -> None:
+    """Raise GrowError where the run splits the student in a way that the teacher's loss does not follow."""
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    splits = {
+        "nn.DataParallel over several GPUs in one process": trainer.args.n_gpu > 1,
+        "tensor, context or sequence parallelism": (
+            (parallelism is not None and parallelism.non_data_parallel_size > 1)
+            or (getattr(trainer.model, "tp_size", None) or 1) > 1
+        ),
+    }
+    for split, present in splits.items():
+        if present:
+            valid = "one process per GPU (torchrun) with data parallelism"
+            raise GrowError(f"{ASKED} with {split}", "the teacher and its loss are not split in this way", valid)
+
+
+@contextmanager
+def _outside_zero3(trainer: Trainer) -> Iterator[None]:
+    """While this lasts, models are loaded whole: ZeRO-3 would split a teacher, and no engine would join it again."""
+    deepspeed = getattr(trainer.args, "hf_deepspeed_config", None)
+    if deepspeed is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(deepspeed)
 
 
 class _EpochOfData(TrainerCallback):
@@ -304,30 +260,3 @@ class _EpochOfData(TrainerCallback):
         data: Any = self.trainer.train_dataset
         if hasattr(data, "set_epoch"):
             data.set_epoch(int(state.epoch or 0))
-
-
-class _Path(NamedTuple):
-    """How a step computes its loss.
-
-    Attributes:
-        divides: the loss is a sum over `num_items_in_batch`, not a mean over the micro-batch.
-        reach: the student's head; None: the loss needs whole logits.
-        shifts: the labels are aligned as those of its kind; False: each is its own position's (BartForCausalLM).
-    """
-
-    divides: bool
-    reach: Reach | None
-    shifts: bool
-
-
-@contextmanager
-def _outside_zero3(deepspeed: Any) -> Iterator[None]:
-    """Models that are loaded now stay whole: ZeRO-3 would split a teacher, which no engine would join again."""
-    if deepspeed is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(deepspeed)

@@ -1,4 +1,4 @@
-"""Which examples a batch holds: each is known by a digest of its tokens and labels, wherever it stands.
+"""Which examples a batch holds. Each is identified by a digest of its tokens and labels, wherever it is.
 
 Because the key is the content, the order of the data, the batch size, padding, packing with `position_ids`, the number
 of processes and the epoch may all change between caching and training; only the examples may not.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from growlib.errors import GrowError
-from growlib.ki.heads import IGNORE_INDEX, Head, aligned_labels
+from growlib.ki.tasks import IGNORE_INDEX, Positions, Task
 
 DIGEST_BYTES = 16
 
@@ -25,8 +25,8 @@ class Example(NamedTuple):
 
     Attributes:
         digest: of its token ids and of the labels that its positions predict.
-        counted: number of its positions whose label counts, which are those that have targets.
-        row, columns: where in the batch its tokens stand.
+        counted: number of its positions that count, which are those that have targets.
+        row, columns: where its tokens are in the batch.
     """
 
     digest: bytes
@@ -35,29 +35,25 @@ class Example(NamedTuple):
     columns: np.ndarray
 
 
-def examples_of(batch: dict[str, Any], head: Head) -> list[Example]:
-    """The examples of a batch, in the order in which their counted positions stand in it.
+def examples_of(batch: dict[str, Any], task: Task, positions: Positions) -> list[Example]:
+    """The examples of a batch, in the order of their positions that count.
 
     A row is an example without its padding (`attention_mask` 0), or several that are packed, each of which begins
-    where `position_ids` is 0.
-
-    Raises:
-        GrowError: there are no token ids, or labels that count on padding.
+    where `position_ids` is 0. Raises GrowError where there are no token ids, or labels that count on padding.
     """
     if "input_ids" not in batch:
         raise GrowError("a cache of the teacher", "the batch holds no input_ids", "text as token ids, with labels")
-    ids, labels = _array(batch["input_ids"]), _array(aligned_labels(batch, head))
+    ids, labels = _array(batch["input_ids"]), _array(positions.aligned)
     given = batch.get("attention_mask")
     mask = np.ones(ids.shape, bool) if given is None or given.ndim != 2 else _array(given).astype(bool)
-    if head == "seq2seq":
+    if task == "seq2seq":
         decoder = batch.get("decoder_input_ids")
         examples = list(_pairs(ids, mask, labels, None if decoder is None else _array(decoder)))
     else:
-        positions = batch.get("position_ids")
-        examples = list(_segments(ids, mask, labels, None if positions is None else _array(positions)))
-    counted = int((labels != IGNORE_INDEX).sum())
-    if sum(example.counted for example in examples) != counted:
-        wrong = "a label counts that padding predicts (where attention_mask is 0)"
+        places = batch.get("position_ids")
+        examples = list(_segments(ids, mask, labels, None if places is None else _array(places)))
+    if sum(example.counted for example in examples) != positions.count:
+        wrong = "a label counts at a padding position (attention_mask is 0)"
         raise GrowError("a cache of the teacher", wrong, "padding on the right, and labels of -100 on padding")
     return examples
 
@@ -66,13 +62,13 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().to("cpu", torch.int64).numpy()
 
 
-def _segments(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, positions: np.ndarray | None) -> Iterator[Example]:
+def _segments(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, places: np.ndarray | None) -> Iterator[Example]:
     for row in range(len(ids)):
         real = np.flatnonzero(mask[row])
         tokens, of_row = ids[row][real], labels[row][real]
         starts = [0]
-        if positions is not None:
-            at = positions[row if len(positions) > 1 else 0][real]
+        if places is not None:
+            at = places[row if len(places) > 1 else 0][real]
             starts = sorted({0, *np.flatnonzero(at == 0).tolist()})
         for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
             yield _example(row, real[start:stop], tokens[start:stop], of_row[start:stop])
@@ -95,7 +91,7 @@ def _example(row: int, columns: np.ndarray, tokens: np.ndarray, labels: np.ndarr
 
 
 def draw_keys(examples: list[Example]) -> Tensor:
-    """A number for each counted position of a batch, int64 [N], from its example and its place in it alone."""
+    """A number for each position that counts, int64 [N], from its example and its place in it alone."""
     keys = [
         np.frombuffer(example.digest, "<i8", 1)
         + np.arange(example.counted, dtype=np.int64) * np.int64(0x632BE59BD9B4E019)

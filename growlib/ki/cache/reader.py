@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from growlib.errors import GrowError
 from growlib.ki.cache.examples import DIGEST_BYTES, Example, examples_of
-from growlib.ki.cache.hashes import tokenizer_hash
-from growlib.ki.cache.shards import HEADER, Shard, read_header, shard_path
+from growlib.ki.cache.shards import HEADER, Shard, read_header, shard_path, tokenizer_hash
 from growlib.ki.targets import Targets
+from growlib.ki.tasks import Positions
 
 
 def is_cache(path: Any) -> bool:
@@ -22,10 +22,7 @@ def is_cache(path: Any) -> bool:
 
 
 class TeacherCache:
-    """A finished cache, its records memory-mapped.
-
-    Attributes:
-        header: what it is of.
+    """A finished cache, its records memory-mapped. Its `header` describes it.
 
     Raises:
         GrowError: it is unfinished, damaged or no cache.
@@ -33,6 +30,7 @@ class TeacherCache:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(os.path.expanduser(path))
+        self._asked = f"reading the teacher's cache {str(self.path)!r}"
         self.header = read_header(self.path)
         self.shards = [Shard(shard_path(self.path, n), self.header) for n in range(self.header.shards)]
         digests = np.concatenate([shard.digests for shard in self.shards])
@@ -64,55 +62,45 @@ class TeacherCache:
         if tokenizer is None or self.header.tokenizer is None:
             return
         if tokenizer_hash(tokenizer) != self.header.tokenizer:
-            raise GrowError(
-                f"reading the teacher's cache {str(self.path)!r}",
-                "the tokenizer is another than the one that the cache was written with",
-                "the same tokenizer, or a cache written with this one",
-            )
+            wrong = "the cache was written with another tokenizer"
+            raise GrowError(self._asked, wrong, "the same tokenizer, or a cache written with this one")
 
-    def read(self, batch: dict[str, Any]) -> tuple[Targets, Tensor]:
-        """The targets at a batch's counted positions, in their order, and the teacher's CE there, on the CPU.
+    def read(self, batch: dict[str, Any], positions: Positions | None = None) -> tuple[Targets, Tensor]:
+        """The targets at the positions of a batch that count, and the teacher's CE there, on the CPU.
 
         The CE is [2]: its sum, and over how many labels, which are those among the teacher's token ids.
+
+        Args:
+            positions: of the batch; None: as the cache's task aligns them.
 
         Raises:
             GrowError: an example is not in the cache, or its bytes are damaged.
         """
-        places = self.find(examples_of(batch, self.header.head))
+        positions = positions or Positions.of(batch, self.header.task)
+        places = self.find(examples_of(batch, self.header.task, positions))
         ce = [(self.shards[shard].teacher_ce[number], self.shards[shard].known[number]) for shard, number in places]
         ce_2 = torch.tensor(ce, dtype=torch.float32).view(-1, 2).sum(0)
-        return self.header.layout.decode(self.records(places)), ce_2
+        return self.header.record_format.decode(self.records(places)), ce_2
 
     def records(self, places: list[tuple[int, int]]) -> np.ndarray:
-        """Of examples that `find` has found, [N, R].
-
-        Raises:
-            GrowError: their bytes are damaged.
-        """
-        empty = np.empty((0, self.header.layout.bytes_per_position), np.uint8)
+        """The records of the examples at these places, [N, R]."""
+        empty = np.empty((0, self.header.record_format.bytes_per_position), np.uint8)
         return np.concatenate([empty, *(self.shards[shard].example(number) for shard, number in places)])
 
     def find(self, examples: list[Example]) -> list[tuple[int, int]]:
-        """(shard, number in it) of each example; those without a counted position are left out.
-
-        Raises:
-            GrowError: one is not there.
-        """
+        """(shard, number in it) of each example with a position that counts; raises GrowError where one is missing."""
         wanted = [example for example in examples if example.counted]
         digests = np.frombuffer(b"".join(e.digest for e in wanted), "<u8").reshape(-1, DIGEST_BYTES // 8)
         # lexsort's last key is the first to sort by
         low, high = (np.searchsorted(self._digests[:, 1], digests[:, 1], side) for side in ("left", "right"))
         places = []
         for start, stop, digest in zip(low, high, digests, strict=True):
-            found = start + np.flatnonzero(self._digests[start:stop, 0] == digest[0])
-            if not len(found):
-                raise GrowError(
-                    f"reading the teacher's cache {str(self.path)!r}",
-                    f"an example of this batch is not among its {len(self)}: its tokens, or the labels that count, "
-                    "are others (a longer or changed dataset, another cut, other masks or another tokenizer)",
-                    "the examples that were cached, in any order; or a cache of this dataset",
-                )
-            place = self._order[found[0]]
+            matches = start + np.flatnonzero(self._digests[start:stop, 0] == digest[0])
+            if not len(matches):
+                wrong = f"an example of this batch is not among its {len(self)}: it has other tokens or labels (a "
+                wrong += "longer or changed dataset, another block length, other masks or another tokenizer)"
+                raise GrowError(self._asked, wrong, "the examples that were cached, in any order; or a cache of these")
+            place = self._order[matches[0]]
             shard = int(np.searchsorted(self._first, place, "right")) - 1
             places.append((shard, int(place - self._first[shard])))
         return places

@@ -23,8 +23,8 @@ MAX_ID_BITS = 22  # 10 bits are left for the log-probability then: steps of 0.02
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a record holds.
+class RecordFormat:
+    """What the record of a position holds.
 
     Attributes:
         vocab: how many token ids the teacher's distribution is over.
@@ -43,9 +43,9 @@ class Layout:
         if not (0 <= self.top_k <= self.vocab and self.samples >= 0 and self.top_k + self.samples > 0):
             raise GrowError(asked, f"the vocabulary has {self.vocab} ids", f"top_k in 0 to {self.vocab}, or draws")
         if not 0 < self.temperature < math.inf:
-            raise GrowError(asked, "the temperature is not a positive number", "such as 1.0")
+            raise GrowError(asked, "the temperature is not positive", "such as 1.0")
         if self.id_bits > MAX_ID_BITS:
-            raise GrowError(asked, f"a vocabulary of {self.vocab} ids", f"at most {1 << MAX_ID_BITS} ids")
+            raise GrowError(asked, f"the vocabulary has {self.vocab} ids", f"at most {1 << MAX_ID_BITS} ids")
 
     @property
     def id_bits(self) -> int:
@@ -53,7 +53,7 @@ class Layout:
 
     @property
     def steps(self) -> int:
-        """Of a stored log-probability."""
+        """How many values a stored log-probability can have, less one."""
         return (1 << 32 - self.id_bits) - 1
 
     @property
@@ -72,10 +72,10 @@ class Layout:
         assert targets.tail is not None
         ids = targets.ids.cpu().numpy()
         drawn = ids[:, self.top_k :]
-        logprobs = targets.logprobs[:, : self.top_k].cpu().double().numpy()  # float32 rounds 2^25 - 1 up, into the id
+        logprobs = targets.logprobs[:, : self.top_k].cpu().double().numpy()  # float32 rounds 2^25 - 1 up: another id
         level = np.rint(np.clip(logprobs / LOWEST, 0.0, 1.0) * self.steps).astype(np.uint32)
-        head = ids[:, : self.top_k].astype(np.uint32) << np.uint32(32 - self.id_bits) | level
-        parts = [head.astype("<u4"), drawn.astype("<u2")]
+        exact = ids[:, : self.top_k].astype(np.uint32) << np.uint32(32 - self.id_bits) | level
+        parts = [exact.astype("<u4"), drawn.astype("<u2")]
         if self.id_bits > 16:
             parts.append((drawn >> 16).astype("u1"))
         parts.append(_half(targets.tail)[:, None])
@@ -95,9 +95,9 @@ class Layout:
         ids = np.empty((positions, self.top_k + self.samples), np.int64)
         logprobs = np.empty((positions, self.top_k + self.samples), np.float32)
         tail = raw[3].view("<f2")[:, 0].astype(np.float32)
-        head = raw[0].view("<u4")
-        np.right_shift(head, np.uint32(32 - self.id_bits), out=ids[:, : self.top_k], casting="unsafe")
-        np.multiply(head & np.uint32(self.steps), LOWEST / self.steps, out=logprobs[:, : self.top_k], casting="unsafe")
+        exact = raw[0].view("<u4")
+        np.right_shift(exact, np.uint32(32 - self.id_bits), out=ids[:, : self.top_k], casting="unsafe")
+        np.multiply(exact & np.uint32(self.steps), LOWEST / self.steps, out=logprobs[:, : self.top_k], casting="unsafe")
         entropy = None
         if self.samples:
             ids[:, self.top_k :] = raw[1].view("<u2")
@@ -105,16 +105,8 @@ class Layout:
                 ids[:, self.top_k :] |= raw[2].astype(np.int64) << 16
             logprobs[:, self.top_k :] = tail[:, None] - np.float32(math.log(self.samples))
             entropy = torch.from_numpy(raw[4].view("<f2")[:, 0].astype(np.float32))
-        return Targets(
-            torch.from_numpy(logprobs),
-            self.vocab,
-            torch.from_numpy(ids),
-            torch.from_numpy(tail),
-            entropy,
-            "sampled" if self.samples else "bucket",
-            self.temperature,
-            self.samples,
-        )
+        kept = (torch.from_numpy(logprobs), self.vocab, torch.from_numpy(ids), torch.from_numpy(tail), entropy)
+        return Targets(*kept, "sampled" if self.samples else "bucket", self.temperature, self.samples)
 
 
 def _half(values: torch.Tensor) -> np.ndarray:

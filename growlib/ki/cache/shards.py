@@ -1,6 +1,6 @@
 """The files of a cache: a header and safetensors shards, each there as a whole or not at all.
 
-    header.json               what the targets are of, and how they are laid out
+    header.json               what the targets are of, and the format of their records
     shard-00000.safetensors   digests [E, 16] uint8, starts [E + 1] int64, checksums [E] uint32,
                               teacher_ce [E] float32 (the teacher's CE at τ = 1, summed over its known labels),
                               known [E] int32 (how many labels are among its token ids), records [N, R] uint8
@@ -20,30 +20,33 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from growlib.errors import GrowError
 from growlib.ki.cache.examples import DIGEST_BYTES
-from growlib.ki.cache.records import Layout
-from growlib.ki.heads import Head
+from growlib.ki.cache.records import RecordFormat
+from growlib.ki.tasks import Task
 
-FORMAT = 2
+FORMAT = 3
 HEADER = "header.json"
-INDEX = ("digests", "starts", "checksums", "teacher_ce", "known")
+INDEX = {"digests": "u1", "starts": "i8", "checksums": "u4", "teacher_ce": "f4", "known": "i4"}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What decides a cache's bytes.
+    """Everything that a cache's bytes depend on.
 
     Attributes:
         format: of the files.
         dtype: what the weights were cast to, such as "bfloat16"; None: not at all.
         teacher: class and hash of the weights.
         tokenizer: hash of the (token, id) pairs; None where no tokenizer was given.
-        head: "causal", "masked" or "seq2seq".
-        vocab, top_k, samples, temperature: see `Layout`.
+        task: of the teacher.
+        vocab, top_k, samples, temperature: see `RecordFormat`.
         seed: of the draws.
         examples: their number, in `shards` files of `shard_examples`.
         dataset: hash of up to 256 examples, evenly spread.
@@ -55,7 +58,7 @@ class Header:
     dtype: str | None
     teacher: str
     tokenizer: str | None
-    head: Head
+    task: Task
     vocab: int
     top_k: int
     samples: int
@@ -68,8 +71,8 @@ class Header:
     held_out_ce: float | None
 
     @property
-    def layout(self) -> Layout:
-        return Layout(self.vocab, self.top_k, self.samples, self.temperature)
+    def record_format(self) -> RecordFormat:
+        return RecordFormat(self.vocab, self.top_k, self.samples, self.temperature)
 
     @property
     def shards(self) -> int:
@@ -77,7 +80,7 @@ class Header:
 
     @property
     def key(self) -> str:
-        """Stands in every shard, so that none of another cache is read."""
+        """Written into every shard, so that none of another cache is read."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -98,26 +101,19 @@ class Header:
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard stands."""
+    """The file of a shard."""
     return folder / f"shard-{number:05d}.safetensors"
 
 
 def not_written(folder: Path, error: Exception) -> GrowError:
     """What to raise where the disk refuses."""
-    return GrowError(
-        f"caching a teacher in {str(folder)!r}",
-        f"a file cannot be written ({error})",
-        "a folder with room, which no other call writes to; finished shards are kept, and the same call goes on there",
-    )
+    valid = "a folder with room, which no other call writes to; finished shards are kept, and the same call continues"
+    return GrowError(f"caching a teacher in {str(folder)!r}", f"a file cannot be written ({error})", valid)
 
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    """A path beside a file's place, for its content, which is then renamed: never seen in part, even after a power cut.
-
-    Raises:
-        GrowError: it cannot be written, or another process took it away and left nothing finished.
-    """
+    """A path for a file's content, which is renamed when it is whole: no part of it is seen, even after a power cut."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         yield temporary
@@ -139,11 +135,7 @@ def write_header(folder: Path, header: Header) -> None:
 
 
 def read_header(folder: Path) -> Header:
-    """Read header.json.
-
-    Raises:
-        GrowError: it is not there, damaged, or of another format.
-    """
+    """Read header.json; raises GrowError where it is not there, damaged, or of another format."""
     asked = f"reading the teacher's cache {str(folder)!r}"
     valid = "a folder that growlib.cache_teacher wrote"
     try:
@@ -151,19 +143,20 @@ def read_header(folder: Path) -> Header:
     except (OSError, ValueError) as error:
         raise GrowError(asked, f"its {HEADER} cannot be read ({error})", valid) from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise GrowError(asked, f"{HEADER} is not of format {FORMAT}", valid)
+        wrong = f"{HEADER} is not of format {FORMAT}, the only one that this version of growlib reads"
+        raise GrowError(asked, wrong, f"{valid} in this version; write the cache again, into a new folder")
     key = fields.pop("key", None)
     try:
         header = Header(**fields)
     except TypeError as error:
         raise GrowError(asked, f"{HEADER} is damaged ({error})", valid) from error
     if header.key != key:
-        raise GrowError(asked, f"{HEADER} was changed: its own hash does not fit it", valid)
+        raise GrowError(asked, f"{HEADER} was changed: its own hash does not match", valid)
     return header
 
 
-class Entry(NamedTuple):
-    """What a shard holds of an example: see the head of this file; records [n, R]."""
+class StoredExample(NamedTuple):
+    """What a shard holds of an example: see the top of this file; records [n, R]."""
 
     digest: bytes
     teacher_ce: float
@@ -171,18 +164,18 @@ class Entry(NamedTuple):
     records: np.ndarray
 
 
-def write_shard(path: Path, key: str, rows: list[Entry]) -> None:
+def write_shard(path: Path, key: str, examples: list[StoredExample]) -> None:
     """Write a shard."""
     index: dict[str, np.ndarray] = {
-        "digests": np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(-1, DIGEST_BYTES),
-        "starts": np.cumsum([0, *(len(row.records) for row in rows)]).astype(np.int64),
-        "checksums": np.array([zlib.crc32(row.records.data) for row in rows], np.uint32),
-        "teacher_ce": np.array([row.teacher_ce for row in rows], np.float32),
-        "known": np.array([row.known for row in rows], np.int32),
+        "digests": np.frombuffer(b"".join(x.digest for x in examples), np.uint8).reshape(-1, DIGEST_BYTES),
+        "starts": np.cumsum([0, *(len(x.records) for x in examples)]).astype(np.int64),
+        "checksums": np.array([zlib.crc32(x.records.data) for x in examples], np.uint32),
+        "teacher_ce": np.array([x.teacher_ce for x in examples], np.float32),
+        "known": np.array([x.known for x in examples], np.int32),
     }
-    records = np.concatenate([row.records for row in rows])
+    records = np.concatenate([x.records for x in examples])
     with _written(path) as temporary:
-        # One entry: safetensors writes several in an order that changes from call to call.
+        # One value: safetensors writes several in an order that changes from call to call.
         metadata = {"cache": f"{key} {path.stem} {_checksum(index)}"}
         save_file({**index, "records": records}, temporary, metadata)
 
@@ -195,11 +188,7 @@ def _checksum(index: dict[str, np.ndarray]) -> str:
 
 
 class Shard:
-    """A shard, mapped.
-
-    Raises:
-        GrowError: the file is missing, damaged, or of another cache or place.
-    """
+    """A shard, memory-mapped; raises GrowError where it is missing, damaged, or of another cache or place."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
@@ -210,7 +199,7 @@ class Shard:
         try:
             with safe_open(path, framework="pt") as file:  # torch maps it and, unlike numpy, keeps no descriptor
                 key, name, checksum = (file.metadata() or {})["cache"].split(" ")
-                found = {name: file.get_tensor(name).numpy() for name in (*INDEX, "records")}
+                arrays = {name: file.get_tensor(name).numpy() for name in (*INDEX, "records")}
         except (OSError, RuntimeError) as error:
             wrong = f"{path.name} cannot be opened ({error})"
             raise GrowError(asked, wrong, "the right to read it, and fewer files open") from error
@@ -218,31 +207,35 @@ class Shard:
             raise GrowError(asked, f"{path.name} is damaged ({error})", valid) from error
         if (key, name) != (header.key, path.stem):
             raise GrowError(asked, f"{path.name} is of another cache, or another of its shards", valid)
-        examples, positions = len(found["digests"]), len(found["records"])
-        shapes = {
-            "digests": ("u1", (examples, DIGEST_BYTES)),
-            "starts": ("i8", (examples + 1,)),
-            "checksums": ("u4", (examples,)),
-            "teacher_ce": ("f4", (examples,)),
-            "known": ("i4", (examples,)),
-            "records": ("u1", (positions, header.layout.bytes_per_position)),
-        }
-        if {name: (x.dtype, x.shape) for name, x in found.items()} != shapes or checksum != _checksum(found):
-            raise GrowError(asked, f"{path.name} is damaged: its index does not fit its checksum", valid)
-        self.digests, self.starts, self.checksums, self.teacher_ce, self.known = (found[name] for name in INDEX)
-        self.records = found["records"]
+        examples, positions = len(arrays["digests"]), len(arrays["records"])
+        shapes = dict.fromkeys(INDEX, (examples,)) | {"digests": (examples, DIGEST_BYTES), "starts": (examples + 1,)}
+        expected = {name: (INDEX[name], shape) for name, shape in shapes.items()}
+        expected["records"] = ("u1", (positions, header.record_format.bytes_per_position))
+        if {name: (x.dtype, x.shape) for name, x in arrays.items()} != expected or checksum != _checksum(arrays):
+            raise GrowError(asked, f"{path.name} is damaged: its index does not match its checksum", valid)
+        self.digests, self.starts, self.checksums, self.teacher_ce, self.known = (arrays[name] for name in INDEX)
+        self.records = arrays["records"]
 
     def example(self, number: int) -> np.ndarray:
-        """The records of an example, [n, R].
-
-        Raises:
-            GrowError: they are not what was written.
-        """
+        """The records of an example, [n, R]; raises GrowError where they are not what was written."""
         records = self.records[self.starts[number] : self.starts[number + 1]]
         if zlib.crc32(records.data) != self.checksums[number]:
-            raise GrowError(
-                f"reading example {number} of {self.path}",
-                "its bytes do not fit their checksum: the file was damaged after it was written",
-                "delete this shard and call growlib.cache_teacher again, which writes it anew",
-            )
+            wrong = "its bytes do not match their checksum: the file was damaged after it was written"
+            valid = "a whole shard: delete this one, and the same growlib.cache_teacher call writes it again"
+            raise GrowError(f"reading example {number} of {self.path}", wrong, valid)
         return records
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Of the class, and of every tensor's name, dtype, shape and bytes; tied tensors once."""
+    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return f"{type(model).__name__} {digest.hexdigest()}"
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of its (token, id) pairs."""
+    pairs = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]))
+    return hashlib.blake2b(pairs.encode(), digest_size=16).hexdigest()

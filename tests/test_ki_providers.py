@@ -35,7 +35,8 @@ from transformers import (
 
 from growlib import GrowError, KIConfig, KIMixin, KITrainer, cache_teacher
 from growlib.ki import Targets, ki_loss, mixture
-from growlib.ki.hidden import Unreachable, final_logits, reach
+from growlib.ki.head_access import NoHeadAccess, access_head, final_logits
+from growlib.ki.tasks import Positions
 
 CONSTANT = {"schedule": "constant", "stop_at": None, "alpha": 0.5}
 
@@ -68,13 +69,13 @@ def test_the_loss_from_hidden_states_takes_the_step_of_whole_logits(tmp_path, na
     for linear in (True, False):
 
         class Whole(KITrainer):
-            def _ki_require_stock_loss(self):
-                raise Unreachable("the test wants whole logits")
+            def _ki_needs_logits(self):
+                return "the test wants whole logits"
 
         student = make(0)
         options = {"logging_strategy": "steps", "logging_steps": 1, "learning_rate": 0.05}
         trainer = train(tmp_path, student, half(make(1)), rows, KITrainer if linear else Whole, **options)
-        assert (trainer._ki_path.reach is not None) is linear
+        assert (trainer._ki_loss_form.access is not None) is linear
         stepped[linear] = (parameters(student), trainer.state.log_history[0])
     torch.testing.assert_close(stepped[True][0], stepped[False][0], rtol=1e-5, atol=1e-6)
     assert (stepped[True][0] - parameters(make(0))).abs().max() > 1e-3
@@ -124,12 +125,12 @@ def test_a_head_that_cannot_be_proven_is_not_used():
     ):
         bare = model.eval()
         bare.get_output_embeddings = getattr(bare, "get_output_embeddings", lambda: None)
-        with pytest.raises(Unreachable, match=reason):
-            reach(bare, bare, batch)
+        with pytest.raises(NoHeadAccess, match=reason):
+            access_head(bare, bare, batch)
     wrapped = llama()
     wrapped.lm_head.forward = wrapped.lm_head.forward
-    with pytest.raises(Unreachable, match="offloaded or wrapped"):
-        reach(wrapped, wrapped, batch)
+    with pytest.raises(NoHeadAccess, match="offloaded or wrapped"):
+        access_head(wrapped, wrapped, batch)
     assert final_logits(SPECIAL["gemma2"]().config) == (1.0, 1.5)
 
 
@@ -138,7 +139,7 @@ def test_a_fallback_is_said_once_and_taught_all_the_same(tmp_path, caplog):
     start = parameters(student)
     with caplog.at_level(logging.WARNING, "growlib"):
         trainer = train(tmp_path, student, half(llama(1)), rows, max_steps=3, remove_unused_columns=False)
-    assert trainer._ki_path.reach is None
+    assert trainer._ki_loss_form.access is None
     assert sum("whole logits" in record.message for record in caplog.records) == 1
     assert (parameters(student) - start).abs().max() > 1e-3
 
@@ -157,7 +158,7 @@ def test_an_encoder_decoder_that_shifts_its_labels_by_itself(tmp_path, caplog):
     by_hand = sgd_step(m2m(0, 16).eval(), m2m(1, 8), rows, lambda labels: labels, alpha=0.5)
     with caplog.at_level(logging.WARNING, "growlib"):
         train(tmp_path, student, half(m2m(1, 8)), rows)
-    assert "makes its decoder's inputs of the labels by itself" in caplog.text
+    assert "makes its decoder's inputs from the labels by itself" in caplog.text
     torch.testing.assert_close(parameters(student), by_hand, rtol=1e-5, atol=1e-6)
     cache = cache_teacher(m2m(1, 8), rows, tmp_path / "cache", data_collator=collate, top_k=VOCAB, samples=0)
     cached = m2m(0, 16)
@@ -218,6 +219,30 @@ def test_each_domain_has_its_teacher(tmp_path, cached):
     assert trainer.state.log_history[0]["ki/teacher_ce"] == pytest.approx(of_labels.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "times"), [("online", 1), ("top_k", 1), ("cache", 1), ("average", 1), ("domains", 3)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_positions_that_count_are_found_once_per_batch(tmp_path, monkeypatch, kind, times, smoothing):
+    """Not by teacher, cache and loss each; of each domain its own once more."""
+    rows, path = with_domains(examples(8)), tmp_path / "cache"
+    if kind == "cache":
+        cache_teacher(llama(1, hidden=8), examples(8), path, data_collator=collate)
+    ki = {
+        "online": {"teacher": llama(1)},
+        "top_k": {"teacher": llama(1), "top_k": 4},
+        "cache": {"teacher": path},
+        "average": {"teacher": (llama(1), llama(2))},
+        "domains": {"teacher": {"code": llama(1), "prose": llama(2)}, "domain": "source"},
+    }[kind]
+    options = {"label_smoothing_factor": smoothing, "remove_unused_columns": True}
+    trainer = train(tmp_path, llama(0), KIConfig(**ki, **CONSTANT), rows, **options)
+    trainer.model.train()
+    calls, at = [], Positions.at.__func__
+    monkeypatch.setattr(Positions, "at", classmethod(lambda cls, aligned: calls.append(aligned) or at(cls, aligned)))
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(20.0))
+    assert len(calls) == times
+
+
 def test_a_domain_without_a_teacher_is_named(tmp_path):
     ki = KIConfig(teacher={"code": llama(1)}, domain="source", **CONSTANT)
     with pytest.raises(GrowError, match=r"a domain that has no teacher\. Valid: 'code'"):
@@ -260,7 +285,7 @@ def test_generation_and_evaluation_know_no_domains(tmp_path):
         ),
         train_dataset=with_domains(examples(8)),
         data_collator=collate,
-        compute_metrics=lambda found: {"rows": len(found.predictions)},
+        compute_metrics=lambda predicted: {"rows": len(predicted.predictions)},
         ki=KIConfig(teacher={"code": t5(1)}, domain="source"),
     )
     assert trainer.evaluate(with_domains(examples(8)))["eval_rows"] == 8
@@ -349,4 +374,4 @@ def test_a_mixin_over_a_trainer_without_a_loss_of_its_own_is_as_fast(tmp_path):
         pass
 
     trainer = train(tmp_path, llama(0), half(llama(1)), examples(8), trainer_class=Taught)
-    assert trainer._ki_path.reach is not None
+    assert trainer._ki_loss_form.access is not None

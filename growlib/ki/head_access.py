@@ -1,9 +1,9 @@
-"""A language model's head, found and proven, so that its logits need not be computed as a whole.
+"""Access to a model's LM head, so that its logits need not be computed as a whole.
 
-Nothing here knows an architecture: what a model does to the output of its head is guessed from its config's fields
-and believed only after its own forward pass has shown the same logits.
+Nothing here knows an architecture. What a model does to the output of its head is guessed from its config's fields, and
+believed only after its own forward pass has given the same logits.
 
-Shapes: B batch, L length, H hidden size, V tokens.
+Shapes: H hidden size, V tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,13 +24,8 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 @dataclass(frozen=True)
-class Reach:
-    """The linear layer that ends a model, and what the model does to its output.
-
-    Attributes:
-        head: [V, H].
-        scale, softcap: see `Projection`.
-    """
+class HeadAccess:
+    """The linear layer that ends a model, of weight [V, H], and what the model does to its output: see `Projection`."""
 
     head: nn.Linear
     scale: float
@@ -50,9 +45,21 @@ class Reach:
         finally:
             del self.head.forward
 
+    def run(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Projection:
+        """A forward pass up to the head, of a model without a wrapper: its logits, not yet computed."""
+        states: list[Tensor] = []
 
-class Unreachable(Exception):
-    """Why a model's head cannot be reached."""
+        def keep(hidden: Tensor) -> Tensor:
+            states.append(hidden.to(self.head.weight.dtype))  # autocast gives another dtype
+            return stand_in(hidden)
+
+        with self.replaced(keep):
+            model(**inputs)
+        return self.projection(states[0])
+
+
+class NoHeadAccess(Exception):
+    """Why the logits of a model can only be had as a whole."""
 
 
 def final_logits(config: PreTrainedConfig) -> tuple[float, float | None]:
@@ -68,82 +75,57 @@ def final_logits(config: PreTrainedConfig) -> tuple[float, float | None]:
 
 
 @torch.no_grad()
-def reach(bare: PreTrainedModel, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Reach:
-    """Find a model's head and check, on a real batch without labels, that the logits are what it is thought to give.
+def access_head(bare: PreTrainedModel, model: Callable[..., Any], inputs: Mapping[str, Any]) -> HeadAccess:
+    """Check, on a real batch without labels, that a model's logits are what its head and its config make of them.
 
-    Args:
-        bare: the model itself.
-        call: the model in whatever wraps it.
-        inputs: what the model takes, without labels.
-
-    Raises:
-        Unreachable: with the reason.
+    `bare` is the model itself, `model` the same in its wrappers. Raises NoHeadAccess with the reason.
     """
     head = bare.get_output_embeddings()
     # A wrapper may subclass Linear (FSDP2 does); quantised and adapted layers have a forward of their own.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         kind = "missing" if head is None else f"a {type(head).__name__}"
-        raise Unreachable(f"its head is {kind}, not a plain Linear")
+        raise NoHeadAccess(f"its head is {kind}, not a plain Linear")
     if "forward" in vars(head) or head.weight.is_meta:
-        raise Unreachable("its head is offloaded or wrapped")
-    found = Reach(head, *final_logits(bare.config))
-    seen: list[Tensor] = []
+        raise NoHeadAccess("its head is offloaded or wrapped")
+    access = HeadAccess(head, *final_logits(bare.config))
     projected: list[Tensor] = []
     dtypes: list[torch.dtype] = []  # of the head's own output, half under autocast whatever becomes of it
 
-    def watch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
+    def project(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         # Here the weight is whole, wherever a wrapper keeps it split.
-        projected.append(found.projection(args[0]).logits())
+        projected.append(access.projection(args[0]).logits().unflatten(0, args[0].shape[:-1]))
 
     handles = [
-        head.register_forward_pre_hook(watch),
+        head.register_forward_pre_hook(project),
         head.register_forward_hook(lambda _module, _args, output: dtypes.append(output.dtype)),
     ]
     try:
-        outputs = call(**inputs)
+        outputs = model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
     if not isinstance(outputs, dict):
-        raise Unreachable("it returns a tuple")
+        raise NoHeadAccess("it returns a tuple")
     logits = outputs["logits"]
-    if len(seen) != 1 or seen[0].shape[:-1] != logits.shape[:-1]:
-        raise Unreachable(f"its head runs {len(seen)} times, or not at every position")
-    if projected[0].numel() != logits.numel():
-        raise Unreachable("it adds or drops token ids after its head")
+    if len(projected) != 1 or projected[0].shape[:-1] != logits.shape[:-1]:
+        raise NoHeadAccess(f"its head runs {len(projected)} times, or not at every position")
+    if projected[0].shape != logits.shape:
+        raise NoHeadAccess("it adds or drops token ids after its head")
     tolerance = 1e-4 if dtypes[0].itemsize >= 4 else 3e-2
     if not logits.isfinite().all():
-        raise Unreachable("its logits are not finite")
-    difference = (projected[0].view_as(logits) - logits).abs().max()
-    if not difference <= tolerance * logits.float().abs().max():
-        raise Unreachable("it changes its logits after the head in a way that its config does not name")
+        raise NoHeadAccess("its logits are not finite")
+    if not (projected[0] - logits).abs().max() <= tolerance * logits.float().abs().max():
+        raise NoHeadAccess("it changes its logits after the head in a way that its config does not name")
     try:
-        with found.replaced(stand_in):
-            shape = call(**inputs).logits.shape
+        with access.replaced(stand_in):
+            shape = model(**inputs).logits.shape
     except Exception as error:
-        raise Unreachable(f"it works on its logits after the head ({type(error).__name__})") from error
+        raise NoHeadAccess(f"it works on its logits after the head ({type(error).__name__})") from error
     if shape != (*logits.shape[:-1], 1):
-        raise Unreachable("it adds to its logits after the head")
-    return found
+        raise NoHeadAccess("it adds to its logits after the head")
+    return access
 
 
 def stand_in(hidden: Tensor) -> Tensor:
     """Logits of one token that is always 0, [..., 1]."""
     return hidden.new_zeros((*hidden.shape[:-1], 1), dtype=torch.float32)
-
-
-def without_logits(found: Reach, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Projection:
-    """A forward pass up to the head, of a model that nothing wraps: the logits, not yet computed.
-
-    The states are in the head's own dtype; autocast gives others.
-    """
-    seen: list[Tensor] = []
-
-    def keep(hidden: Tensor) -> Tensor:
-        seen.append(hidden.to(found.head.weight.dtype))
-        return stand_in(hidden)
-
-    with found.replaced(keep):
-        call(**inputs)
-    return found.projection(seen[0])

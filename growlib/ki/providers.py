@@ -1,0 +1,216 @@
+"""Who teaches a training step: an online teacher, a cache, the average of several, or one teacher per domain.
+
+A `TeacherProvider` gives what is known at the positions of a batch that count, in parts whose losses add up.
+
+Shapes: B batch, N positions of the batch that count, n of a part.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from growlib.errors import GrowError
+from growlib.ki.cache.reader import TeacherCache, is_cache
+from growlib.ki.config import KIConfig
+from growlib.ki.linear import teacher_ce
+from growlib.ki.predictions import Mixture, Predictions
+from growlib.ki.targets import Targets
+from growlib.ki.tasks import Positions, outcomes, task_of
+from growlib.ki.teacher import Teacher, resolve_teacher
+
+DOMAIN = "ki_domain"  # of each row of a batch, the number of its teacher, int64 [B]
+CHUNK = 1024  # positions of held-out logits at once
+
+
+class Part(NamedTuple):
+    """What one teacher says."""
+
+    rows: Tensor | None  # [n], at which of the N positions; None: at all
+    predictions: Predictions  # there
+    teacher_ce: Tensor | None  # [2], its summed CE and over how many positions, where the predictions do not give it
+
+
+class HeldOut(NamedTuple):
+    """How a teacher's loss on held-out text is known."""
+
+    vocab: int  # number of token ids that it predicts; other labels are left out
+    ce: float | None  # the mean, where it is known beforehand
+    ce_of: Callable[[dict[str, Any], Positions], Tensor] | None  # the sum over a batch, where it is not
+
+
+class TeacherProvider(Protocol):
+    """Gives the parts of a batch. `held_out` is None where the teacher's loss on held-out text cannot be known."""
+
+    @property
+    def held_out(self) -> HeldOut | None: ...
+    def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]: ...
+
+
+class OnlineProvider:
+    """A teacher that runs beside the student."""
+
+    def __init__(self, teacher: Teacher, config: KIConfig) -> None:
+        self.teacher, self.config = teacher, config
+
+    @property
+    def held_out(self) -> HeldOut:  # stored, it would keep the teacher in memory after its last step
+        return HeldOut(self.teacher.common_vocab, None, self._ce_of)
+
+    def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
+        predictions, k = self.teacher.predict(batch, positions), self.config.top_k
+        if k is None:
+            return [Part(None, predictions, None)]
+        tail, temperature = self.config.tail or "bucket", self.config.temperature
+        return [Part(None, Targets.top_k(predictions, k, tail=tail, temperature=temperature), None)]
+
+    @torch.no_grad()
+    def _ce_of(self, batch: dict[str, Any], positions: Positions) -> Tensor:
+        predictions, labels = self.teacher.predict(batch, positions), positions.labels
+        total = labels.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(labels), CHUNK):
+            rows = slice(start, start + CHUNK)
+            total = total + teacher_ce(predictions.rows(rows).targets(1.0, labels.device), labels[rows])[0]
+        return total
+
+
+class CacheProvider:
+    """Targets that a teacher has left on disk."""
+
+    def __init__(self, cache: TeacherCache, config: KIConfig) -> None:
+        self.cache, self.config = cache, config
+        ce = cache.header.held_out_ce
+        self.held_out = None if ce is None else HeldOut(cache.header.vocab, ce, None)
+
+    def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
+        targets, ce_2 = self.cache.read(batch, positions)
+        if self.config.tail is not None:
+            targets = targets.treated(self.config.tail)
+        device = positions.labels.device
+        return [Part(None, targets.to(device), ce_2.to(device))]
+
+
+class AverageProvider:
+    """The average of several teachers' distributions."""
+
+    held_out = None
+
+    def __init__(self, providers: list[TeacherProvider], weights: tuple[float, ...]) -> None:
+        self.providers, self.weights = providers, weights
+
+    def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
+        (every,) = zip(*(provider.parts(batch, positions) for provider in self.providers), strict=True)
+        return [Part(None, Mixture(tuple(part.predictions for part in every), self.weights), None)]
+
+
+class DomainProvider:
+    """One teacher per domain, for the rows of its domain (arXiv 2105.13880, section 4.4)."""
+
+    held_out = None
+
+    def __init__(self, providers: Mapping[Any, TeacherProvider]) -> None:
+        self.providers = providers
+
+    def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
+        labels, asked = positions.aligned, "KIConfig(domain=...)"
+        if DOMAIN not in batch or len(batch[DOMAIN]) != len(labels):
+            wrong = "the examples of this batch have no domain, or several are packed in one row"
+            raise GrowError(asked, wrong, "the column in every training example, one example per row")
+        domains = batch[DOMAIN]
+        if (domains < 0).any():
+            wrong = "an example of this batch is of a domain that has no teacher"
+            raise GrowError(asked, wrong, ", ".join(map(repr, self.providers)))
+        of_position = domains.view(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)[positions.mask]
+        parts = []
+        for number, provider in enumerate(self.providers.values()):
+            rows = (domains == number).nonzero()[:, 0]
+            if len(rows) == 0:
+                continue
+            places = (of_position == number).nonzero()[:, 0]
+            mine = {name: _rows(name, x, rows, len(domains)) for name, x in batch.items() if name != DOMAIN}
+            parts += [part._replace(rows=places) for part in provider.parts(mine, positions.of_rows(rows))]
+        return parts
+
+
+def _rows(name: str, value: Any, rows: Tensor, count: int) -> Any:
+    """Some rows of one value of a batch."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if name == "position_ids" and value.ndim == 3:  # of several axes, [A, B, L]
+        return value[:, rows]
+    if value.shape[0] != count:
+        wrong = f"{name} of shape {list(value.shape)} cannot be divided among {count} examples"
+        raise GrowError("KIConfig(domain=...)", wrong, "batches with one row per example in every tensor")
+    return value[rows]
+
+
+def load_provider(
+    config: KIConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device
+) -> TeacherProvider:
+    """Load what `config.teacher` names; raises GrowError where it cannot teach the student."""
+
+    def one(teacher: Any) -> TeacherProvider:
+        if is_cache(teacher):
+            cache = TeacherCache(teacher)
+            _check_cache(cache, config, student, tokenizer)
+            return CacheProvider(cache, config)
+        if config.tail is not None and config.top_k is None:
+            asked = f"KIConfig(tail={config.tail!r}) with an online teacher"
+            raise GrowError(asked, "its whole distribution has no tail", "top_k beside it, or a cache, or no tail")
+        online = resolve_teacher(config, teacher, student, tokenizer, device)
+        if config.top_k is not None and config.top_k > online.common_vocab:
+            wrong = f"teacher and student share {online.common_vocab} token ids"
+            raise GrowError(f"KIConfig(top_k={config.top_k})", wrong, f"at most {online.common_vocab}")
+        return OnlineProvider(online, config)
+
+    providers = [one(teacher) for teacher in config.teachers]
+    if isinstance(config.teacher, Mapping):
+        return DomainProvider(dict(zip(config.teacher, providers, strict=True)))
+    if isinstance(config.teacher, tuple):
+        return AverageProvider(providers, config.weights or (1 / len(providers),) * len(providers))
+    return providers[0]
+
+
+def _check_cache(cache: TeacherCache, config: KIConfig, student: PreTrainedModel, tokenizer: Any) -> None:
+    """Raise GrowError where a cache cannot teach the student."""
+    asked = f"KIConfig(teacher={str(cache.path)!r}, temperature={config.temperature})"
+    header, vocab, task = cache.header, outcomes(student), task_of(student)
+    if header.task != task:
+        raise GrowError(asked, f"the cache is of a {header.task} model, the student {task}", f"a {task} one")
+    if header.temperature != config.temperature:
+        wrong = f"it has the {header.top_k} most probable tokens at temperature {header.temperature} only"
+        raise GrowError(asked, wrong, f"temperature={header.temperature}, or a cache at {config.temperature}")
+    cache.check_tokenizer(tokenizer)
+    has_both = tokenizer is not None and header.tokenizer is not None
+    padded = has_both and max(tokenizer.get_vocab().values()) < header.vocab
+    shared = config.common_vocab or (header.vocab if padded else vocab)
+    if header.vocab != shared or header.vocab > vocab:
+        unproven = "which no tokenizer proves to be padding"
+        wrong = f"the cache is over {header.vocab} token ids and the student has {vocab}, "
+        wrong += unproven if config.common_vocab is None else f"common_vocab={shared}"
+        same = f"where its ids mean the same to the student, common_vocab={header.vocab}"
+        raise GrowError(asked, wrong, f"a cache written with vocab={min(shared, vocab)}, or, {same}")
+    if config.top_k is not None:
+        raise GrowError(asked, "top_k is for online teachers; a cache has its own", "no top_k")
+    if config.gate and header.top_k == 0:
+        wrong = "the gate needs the probability of the label, which draws do not give"
+        raise GrowError(asked, wrong, "a cache with a top_k")
+
+
+class WithDomain:
+    """A collator that keeps each example's domain beside another collator's batch: the number of its teacher, or -1."""
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]], column: str, domains: tuple[Any, ...]) -> None:
+        self.collator, self.column, self.domains = collator, column, domains
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        named = [feature.get(self.column) for feature in features]
+        rest = [{name: x for name, x in feature.items() if name != self.column} for feature in features]
+        batch = self.collator(rest)
+        if all(domain is None for domain in named):  # held-out examples need no domain
+            return batch
+        numbers = [self.domains.index(domain) if domain in self.domains else -1 for domain in named]
+        batch[DOMAIN] = torch.tensor(numbers)  # an example without a teacher may be evaluated
+        return batch
