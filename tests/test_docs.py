@@ -150,9 +150,10 @@ def test_the_figure_is_drawn_from_its_plan():
 def test_the_map_lists_every_file():
     written = text_of("docs/map.md")
     assert written == file_map.page(), "run: python docs/ext/map.py docs/map.md"
-    for path in [*ROOT.glob("growlib/**/*.py"), *ROOT.glob("recipes/**/*.py"), *ROOT.glob("docs/ext/*.py")]:
-        if path.name != "__init__.py":
-            assert re.search(rf"^ +- `{re.escape(path.name)}` \S", written, re.MULTILINE), f"{path} has no first line"
+    for folder in file_map.FOLDERS:
+        for path in (path for path in (ROOT / folder).rglob("*") if path.suffix in file_map.KINDS):
+            if path.name != "__init__.py":
+                assert re.search(rf"^ +- `{re.escape(path.name)}` \S", written, re.MULTILINE), f"{path}: no first line"
     for name in re.findall(r"[\w/]+(?:\.py\b|/(?=[ ,\n]))", file_map.HEAD.partition("```text")[2]):
         assert (ROOT / "growlib" / name).exists(), name
 
