@@ -123,7 +123,8 @@ def write_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: Draw) -> Tensor:
 def scale_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: Draw) -> Tensor:
     """The weight of a norm over the axis."""
     grown = part.index_select(dim, _index(axis_map, part))
-    return _filled(grown, part, dim, axis_map, "scale", draw) * axis_map.gain
+    grown = _filled(grown, part, dim, axis_map, "scale", draw) * axis_map.gain
+    return torch.where(_new(axis_map, dim, part), grown * axis_map.new_gain, grown)
 
 
 def shift_axis(part: Tensor, dim: int, axis_map: AxisMap, draw: Draw) -> Tensor:

@@ -54,7 +54,7 @@ def plan_of(
         if chosen.reset:
             raise GrowError(f"method {chosen.name!r}", "the target has no experts to make", "the config of a mixture")
         wide = checkpoint.skeleton_of(model_class, target)
-        growth = _checked(make_plan(Request(table, chosen, seed, source, wide, effect_of)), table, model_class)
+        growth = _checked(make_plan(Request(table, chosen, seed, source, wide, effect_of)), table, model_class, chosen)
         return replace(growth, dtype=_dtype_in(target_config))
     mixture, dense = upcycling.decide(model_class, source.config, target, table, chosen, seed)
     wide = checkpoint.skeleton_of(model_class, dense)
@@ -64,13 +64,13 @@ def plan_of(
     return replace(growth, dtype=_dtype_in(target_config))
 
 
-def _checked(growth: GrowthPlan, table: Architecture, model_class: type[PreTrainedModel]) -> GrowthPlan:
+def _checked(growth: GrowthPlan, table: Architecture, model_class: type[PreTrainedModel], chosen: Method) -> GrowthPlan:
     """The plan, with a reason where a tiny model contradicts what an inferred table claims."""
     if growth.reasons or not table.proven or not growth.grows:
         return growth
     old, new, axes = growth.old_sizes, growth.new_sizes, growth.roles
     kinds = {Growth.of(n, old[n], new[n]) if n in axes else Growth(n, "deeper") for n in growth.grows}
-    why = why_not(growth.source, model_class, table, frozenset(kinds))
+    why = why_not(growth.source, model_class, table, frozenset(kinds), chosen)
     reason = f"a growth of this kind is not proven for {table.model_type}: {why}"
     return replace(growth, reasons=(reason,)) if why else growth
 

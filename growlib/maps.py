@@ -51,6 +51,7 @@ class AxisMap:
     new_writes: Fill = "free"
     new_reads: Fill = "zero"
     new_scale: Fill = "mean"
+    new_gain: float = 1.0  # one more factor on a norm's weight on new entries, which no old entry sees
     new_shift: Fill = "zero"
     spread: float = 1.0
     copy_noise: float = 0.5  # noise on the readers of an entry's m copies, in standard deviations / m; it cancels

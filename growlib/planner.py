@@ -69,7 +69,7 @@ def make_plan(request: Request) -> GrowthPlan:
     reasons = [axis_map.inexact for axis_map in maps.values() if axis_map.inexact]
     reasons += [stack.inexact for stack in layers.values() if stack.inexact]
     reasons += contract.broken(table, maps, request.old, request.new)
-    reasons += of_architecture(table, request.old, request.new, request.grows, source.config, target.config)
+    reasons += of_architecture(table, request.old, request.new, request.grows, maps, source.config, target.config)
     reasons += of_config(table, layers, source.config, target.config, request.effect_of)
     return GrowthPlan(
         method=method.name,

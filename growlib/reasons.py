@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from growlib.architectures.schema import EVERYTHING, EXACT, Architecture, Growth, Verdict
+from growlib.architectures.schema import EVERYTHING, EXACT, RESIDUAL, Architecture, Growth, Verdict
 from growlib.config import NO_FUNCTION, move_thresholds
-from growlib.maps import LayerMap
+from growlib.maps import AxisMap, LayerMap
 
 EffectOf = Callable[[str, Any, Any], str]  # (field, old value, new value) -> "acts", "silent" or "unknown"
 
@@ -20,6 +20,7 @@ def of_architecture(
     old: Mapping[str, int],
     new: Mapping[str, int],
     grows: set[str],
+    maps: Mapping[str, AxisMap],
     source: PreTrainedConfig,
     target: PreTrainedConfig,
 ) -> list[str]:
@@ -32,6 +33,8 @@ def of_architecture(
     unproven: dict[str, list[str]] = defaultdict(list)
     for name in sorted(grows):
         kind = Growth.of(name, old[name], new[name]) if name in table.axes else Growth(name, "deeper")
+        if name in maps and table.axes[name].role in (*RESIDUAL, "elementwise") and (maps[name].source < 0).any():
+            kind = Growth(name, "x1.5")  # new entries beside copies, at whole multiples too
         verdict = table.proven.get(kind, Verdict("refused", "it was not tried"))
         if not verdict.exact:
             words = re.findall(r"[a-z_]\w*", table.axes[name].size) if name in table.axes else [name]

@@ -10,7 +10,7 @@ from growlib.architectures.schema import ROLES, read_table
 from growlib.checkpoint import skeleton
 from growlib.errors import GrowError
 from growlib.layouts import parse_layout
-from growlib.operators.lossless import RULES
+from growlib.operators.copies import RULES
 
 CLASSES = {
     "llama": [

@@ -10,7 +10,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from growlib import GrowError, KITrainer
-from growlib.inference.tiny import tiny_config, tiny_model, vocabulary
+from growlib.inference.tiny import tiny_config, tiny_model
+from growlib.outputs import vocabulary
 
 TYPES = sorted({config_class.model_type for config_class in MODEL_FOR_CAUSAL_LM_MAPPING})
 SAMPLE = {"qwen3", "gemma2", "phi", "falcon", "mamba", "granitemoe"}  # the others are slow

@@ -9,7 +9,7 @@ from tiny import tiny
 
 import growlib
 from growlib.architectures.schema import Axis
-from growlib.operators import Method, lemon, lossless, method, stack
+from growlib.operators import Method, copies, lemon, lossless, method, stack
 
 sizes = st.integers(2, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(n, 4 * n)))
 
@@ -27,14 +27,15 @@ def matrices(axis_map):
     return writes, reads
 
 
-def grow(role, old, new, **axis):
-    return lossless.width("axis", Axis("size", role, **axis), {"axis": old}, {"axis": new}, 0)
+def grow(role, old, new, rule=copies, **axis):
+    return rule.width("axis", Axis("size", role, **axis), {"axis": old}, {"axis": new}, 0)
 
 
 @pytest.mark.parametrize("role", ["lookup", "linear", "elementwise", "key", "key_heads"])
+@pytest.mark.parametrize("rule", [copies, lossless])
 @given(size=sizes)
-def test_readers_invert_writers(role, size):
-    axis_map = grow(role, *size)
+def test_readers_invert_writers(rule, role, size):
+    axis_map = grow(role, *size, rule)
     writes, reads = matrices(axis_map)
     np.testing.assert_allclose(reads @ writes, np.eye(size[0]), atol=1e-12)
     # Where writers are free, readers are zero, and the other way round: nothing new reaches an old entry.
@@ -43,11 +44,12 @@ def test_readers_invert_writers(role, size):
 
 
 @pytest.mark.parametrize("role", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("rule", [copies, lossless])
 @given(size=sizes, seed=st.integers(0, 99))
-def test_a_norm_over_the_axis_sees_the_same_statistics(role, size, seed):
+def test_a_norm_over_the_axis_sees_the_same_statistics(rule, role, size, seed):
     n, N = size
     x, weight = np.random.default_rng(seed).normal(size=(2, n)) * 3 + 1
-    axis_map = grow(role, n, N)
+    axis_map = grow(role, n, N, rule)
     writes, reads = matrices(axis_map)
     wide, eps = writes @ x, 1e-3
 
@@ -62,11 +64,12 @@ def test_a_norm_over_the_axis_sees_the_same_statistics(role, size, seed):
 
 
 @pytest.mark.parametrize("role", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("rule", [copies, lossless])
 @given(size=sizes, seed=st.integers(0, 99))
-def test_a_tied_head_reads_what_the_embedding_writes(role, size, seed):
+def test_a_tied_head_reads_what_the_embedding_writes(rule, role, size, seed):
     n, N = size
     embedding, state = np.random.default_rng(seed).normal(size=(2, n))
-    axis_map = grow(role, n, N)
+    axis_map = grow(role, n, N, rule)
     writes, _ = matrices(axis_map)
     copied = np.where(axis_map.source >= 0, state[axis_map.source], 0.0)  # what the final norm puts out
     np.testing.assert_allclose((writes @ embedding) @ (axis_map.tied_gain * copied), embedding @ state, rtol=1e-9)
@@ -104,8 +107,8 @@ def test_attention_scores_stay(pairs, times, rotary, distance):
 def test_query_heads_stay_with_their_kv_head(k, group, new_k, new_group):
     old, new = {"heads": k * group, "kv": k}, {"heads": new_k * new_group, "kv": new_k}
     assume(new_k >= k and new["heads"] >= old["heads"])
-    heads = lossless.width("heads", Axis("h", "query_heads", groups="kv"), old, new, 0)
-    kv_heads = lossless.width("kv", Axis("k", "key_heads"), old, new, 0)
+    heads = copies.width("heads", Axis("h", "query_heads", groups="kv"), old, new, 0)
+    kv_heads = copies.width("kv", Axis("k", "key_heads"), old, new, 0)
     kv_of_new_head = kv_heads.source[np.arange(new["heads"]) // new_group]
     np.testing.assert_array_equal(kv_of_new_head, heads.source // group)
     every_head_survives = set(heads.source) == set(range(old["heads"]))
@@ -144,3 +147,34 @@ def test_a_stacked_model_repeats_its_layers():
             big.model.layers[layer].parameters(), small.model.layers[layer % 2].parameters(), strict=True
         ):
             assert torch.equal(new, old)
+
+
+def test_the_default_grows_fresh_parts_where_they_are_exact_and_copies_elsewhere():
+    wide = {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 8, "num_key_value_heads": 4}
+    plan = growlib.plan(tiny("llama"), wide)
+    fresh = {name for name, axis_map in plan.maps.items() if (axis_map.source < 0).any()}
+    assert fresh == {"hidden", "ffn"}
+    assert plan.maps["hidden"].new_gain == lossless.NEW_GAIN
+    post_norm = growlib.plan(tiny("bert"), {"hidden_size": 96, "intermediate_size": 224})
+    assert {name for name, axis_map in post_norm.maps.items() if (axis_map.source < 0).any()} == {"ffn"}
+    assert plan.exact
+    assert post_norm.exact
+
+
+def test_where_only_whole_copies_are_exact_the_default_makes_them():
+    """BLOOM normalises its embeddings: a LayerNorm that sees new entries."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    small = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=24, n_head=3, n_layer=2)).eval()
+    plan = growlib.plan(small, {"hidden_size": 48, "n_head": 6})
+    assert not (plan.maps["hidden"].source < 0).any()
+    assert growlib.plan(small, {"hidden_size": 48, "n_head": 6}, "composable").reasons
+
+
+def test_the_norms_weight_on_new_entries_is_twice_the_mean():
+    small = tiny("llama")
+    norm, grown = (
+        m.model.layers[0].input_layernorm.weight for m in (small, growlib.expand(small, {"hidden_size": 84}))
+    )
+    torch.testing.assert_close(grown[48:], (2 * norm.mean() * (48 / 84) ** 0.5).expand(36))
+    torch.testing.assert_close(grown[:48], norm * (48 / 84) ** 0.5)

@@ -16,16 +16,16 @@ import growlib
 from growlib import AxisMap, GrowError, LayerMap, Method, architectures, contract, operators
 from growlib.cli import main
 from growlib.inference import architecture_of
-from growlib.operators import composable, lossless
+from growlib.operators import composable, copies, lossless
 
 WIDER = {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 def of_ffn(change):
-    """A width that is lossless save for the FFN units."""
+    """A width that is `copies` save for the FFN units."""
 
     def width(name, axis, old, new, seed):
-        made = lossless.width(name, axis, old, new, seed)
+        made = copies.width(name, axis, old, new, seed)
         return change(made) if name == "ffn" and not made.is_identity else made
 
     return Method("mine", width=width)

@@ -21,7 +21,7 @@ GROWTHS = {
     "gpt2": {"n_embd": 120, "n_head": 10, "n_layer": 5, "n_inner": 300, "vocab_size": 70, "n_positions": 40},
     "bert": {"hidden_size": 96, "num_hidden_layers": 5, "intermediate_size": 113, "vocab_size": 70},
 }
-METHODS = ["lossless", "lossless+stack", "lemon", "composable"]
+METHODS = ["lossless", "copies", "lossless+stack", "lemon", "composable"]
 
 
 def without_noise(monkeypatch):
@@ -60,7 +60,8 @@ def test_free_entries_are_those_that_the_seed_decides(family, method, monkeypatc
     origins = growlib.plan(small, growth, method).new_parameters()
     one, two = (grown(small, growth, method, seed) for seed in (0, 1))
     for name, origin in origins.items():
-        assert (one[name] != two[name])[origin == Origin.FREE].all(), name
+        free = (one[name] != two[name])[origin == Origin.FREE]
+        assert free.sum() >= len(free) - 1, name  # of very many draws two may be equal
         assert (one[name] == two[name])[origin == Origin.NEW].all(), name
     without_noise(monkeypatch)
     one, two = (grown(small, growth, method, seed) for seed in (0, 1))

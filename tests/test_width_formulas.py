@@ -34,17 +34,17 @@ def padded(n, N, q):
     return E, E.T / q
 
 
-CIRCULAR = ("lossless", "lemon", "hypercloning", "staged", "sparkling")
+CIRCULAR = ("copies", "lemon", "hypercloning", "staged", "sparkling")
 
 
-def index_map(name, n, N, grown, source):
+def index_map(name, n, N, grown, source, axis="hidden"):
     """g of the paper, new entry -> old entry, -1 where it is new; the plan has no say in it.
 
     Random copies are recognised by their values: `grown` [N, ..] and `source` [n, ..] hold a vector for each entry.
     """
-    if name in CIRCULAR:
+    if name in CIRCULAR or (name == "lossless" and "heads" in axis):
         return circular(n, N)
-    if name == "composable":
+    if name in ("composable", "lossless"):
         return np.where(np.arange(N) < n, np.arange(N), -1)
     distance = abs(grown[:, None] - source[None]).max(-1)
     g = distance.argmin(1)
@@ -60,7 +60,7 @@ def formula(name, n, N, g, axis):
     if name == "sparkling":
         scale = np.sqrt(n / (3 * N - 2 * n)) if 2 * n >= N else n / N
         return E, scale * E.T, 1.0
-    if name == "composable":
+    if name == "composable" or (name == "lossless" and "heads" not in axis):
         E, C = padded(n, N, 1)
         root = np.sqrt(n / N) if axis == "hidden" else 1.0  # g sqrt(h / h')
         return E / root, C, root
@@ -84,7 +84,7 @@ def llama_maps(small, big, sizes, name):
         n, N = sizes[axis]
         row = f"model.layers.0.{kind}.weight"
         seen, source = (new[row] @ (gain * E)).reshape(N, -1), old[row].reshape(n, -1)  # of an old entry of hidden
-        made[axis] = formula(name, n, N, index_map(name, n, N, seen, source), axis)
+        made[axis] = formula(name, n, N, index_map(name, n, N, seen, source, axis), axis)
     return made
 
 
@@ -159,7 +159,7 @@ def test_random_copies_in_the_tensors_are_the_papers(name, size):
     made = llama_maps(small, growlib.expand(small, LLAMA[size], name, exact=False).state_dict(), SIZES[size], name)
     for axis, (n, N) in SIZES[size].items():
         if axis == "hidden" and name == "net2net":
-            continue  # takes the lossless map
+            continue  # takes the map of `copies`
         g = made[axis][0].argmax(1)
         if axis in ("hidden", "ffn"):
             assert (g[:n] == np.arange(n)).all()

@@ -48,6 +48,7 @@ class Axis:
     scaled_by: str = ""  # query: the config flag that turns the 1/sqrt(head_dim) of the scores on; empty: always;
     # "never" where the scores have a scale of their own
     per_token: str = ""  # experts: the axis of how many of them act on a token
+    only_copies: bool = False  # whole copies are exact, new entries beside them are not: a tiny model has shown it
 
 
 class Growth(NamedTuple):

@@ -21,12 +21,13 @@ from growlib.errors import GrowError
 from growlib.inference import variants
 from growlib.inference.label import draft
 from growlib.inference.tiny import tiny_config, tiny_model
-from growlib.inference.verifier import followers, growths, trial, unverified, verdicts
+from growlib.inference.verifier import followers, growths, only_copies, trial, unverified, verdicts
+from growlib.operators import Method
 
 Class = tuple[type[PreTrainedModel], str]  # and its switches
 
 _inferred: dict[Class, Architecture] = {}
-_checked: dict[tuple[type[PreTrainedModel], str, frozenset[Growth]], str] = {}
+_checked: dict[tuple[type[PreTrainedModel], str, frozenset[Growth], Method], str] = {}
 
 
 def architecture_of(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Architecture:
@@ -75,7 +76,7 @@ def _proven(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Arc
         return replace(table, proven=unverified(table, error.wrong))
     key = (model_class, _switches(small) + repr(table))
     if key not in _inferred:
-        _inferred[key] = replace(table, proven=verdicts(table, tiny_model(model_class, small)))
+        _inferred[key] = _with_verdicts(table, tiny_model(model_class, small))
     return _inferred[key]
 
 
@@ -115,20 +116,24 @@ def _checksum(table: Any) -> str:
 
 
 def why_not(
-    config: PreTrainedConfig, model_class: type[PreTrainedModel], table: Architecture, kinds: frozenset[Growth]
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    table: Architecture,
+    kinds: frozenset[Growth],
+    chosen: Method,
 ) -> str:
     """Grow a tiny model in all these ways at once: why it is not exact; "" where it is, or cannot be built so.
 
     Verdicts on single growths, which may come from disk, are checked so where they are used.
     """
     small = tiny_config(config, model_class)
-    key = (model_class, _switches(small), kinds)
+    key = (model_class, _switches(small), kinds, chosen)
     if key not in _checked:
         fields: dict[str, Any] = {}
         for growth, (alone, *_) in growths(table, small):
             if growth in kinds:
                 fields |= {name: max(size, fields.get(name, 0)) for name, size in alone.items()}
-        verdict = trial(replace(table, proven={}), tiny_model(model_class, small), fields).verdict
+        verdict = trial(replace(table, proven={}), tiny_model(model_class, small), fields, chosen).verdict
         _checked[key] = verdict.why if verdict.kind == "inexact" else ""
     return _checked[key]
 
@@ -151,7 +156,12 @@ def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Arch
         table = _first_exact(table, variants.of_experts(table), model, "experts")
     if any(axis.role == "query" for axis in table.axes.values()):
         table = _first_exact(table, variants.of_head_dim(table, small), model, "query")
-    return replace(table, proven=verdicts(table, model))
+    return _with_verdicts(table, model)
+
+
+def _with_verdicts(table: Architecture, model: PreTrainedModel) -> Architecture:
+    proven = verdicts(table, model)
+    return replace(table, proven=proven, axes=only_copies(table, proven))
 
 
 def _first_exact(

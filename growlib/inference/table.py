@@ -28,7 +28,7 @@ def table_of(state: Draft, base: Skeleton, others: list[Build]) -> Architecture:
     state.rows = {row: tuple(_known(dim, sizes) for dim in layout) for row, layout in state.rows.items()}
     used = {axis for layout in state.rows.values() for dim in layout for part in dim.parts for axis in part}
     known = [name for name in state.sizes if name in used and name in sizes]
-    axes = {name: Axis(sizes[name], _role(state, name), **_groups(state, name, sizes)) for name in known}
+    axes = {name: Axis(sizes[name], _role(state, name), _groups(state, name, sizes)) for name in known}
     per_token, routed = _per_token(base.config, axes)
     axes |= per_token
     return Architecture(
@@ -82,9 +82,9 @@ def _role(state: Draft, axis: str) -> str:
     return f"normed_{state.roles[axis]}" if together else state.roles[axis]
 
 
-def _groups(state: Draft, axis: str, sizes: dict[str, str]) -> dict[str, str]:
+def _groups(state: Draft, axis: str, sizes: dict[str, str]) -> str:
     kv_heads = axis.replace("heads", "kv_heads")
-    return {"groups": kv_heads} if state.roles.get(axis) == "query_heads" and kv_heads in sizes else {}
+    return kv_heads if state.roles.get(axis) == "query_heads" and kv_heads in sizes else ""
 
 
 def _per_token(config: Any, axes: dict[str, Axis]) -> tuple[dict[str, Axis], dict[str, str]]:

@@ -1,16 +1,17 @@
 """Grow a tiny model of a class by a table, every parameter random, and compare what it computes."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.apply import apply
-from growlib.architectures.schema import EVERYTHING, EXACT, Architecture, Growth, Verdict
+from growlib.architectures.schema import EVERYTHING, EXACT, RESIDUAL, Architecture, Axis, Growth, Verdict
 from growlib.checkpoint import empty_model, fill, skeleton, skeleton_of
 from growlib.inference.sizes import changed
-from growlib.operators import method
+from growlib.operators import Method, method
 from growlib.outputs import TOLERANCE, distance, inputs_of, outputs
 from growlib.planner import Request, make_plan
 
@@ -25,12 +26,14 @@ class Trial(NamedTuple):
     verdict: Verdict
 
 
-def trial(table: Architecture, model: PreTrainedModel, fields: Mapping[str, Any]) -> Trial:
-    """Grow the model to these config fields, and compare on two inputs."""
+def trial(
+    table: Architecture, model: PreTrainedModel, fields: Mapping[str, Any], chosen: str | Method = "copies"
+) -> Trial:
+    """Grow the model to these config fields, and compare on two inputs. Copies meet whole multiples and a rest."""
     try:
         target = changed(model.config, fields)
         wide = skeleton_of(type(model), target)
-        plan = make_plan(Request(table, method("lossless"), 0, skeleton(model), wide))
+        plan = make_plan(Request(table, method(chosen), 0, skeleton(model), wide))
         grew = frozenset(
             Growth(name, "deeper")
             if name in plan.layers
@@ -122,6 +125,19 @@ def verdicts(table: Architecture, model: PreTrainedModel) -> dict[Growth, Verdic
             wrong[growth] = Verdict("refused", "it could not be grown by itself")
     exact_ones = dict.fromkeys(sorted(exact), EXACT)
     return wrong | exact_ones | {EVERYTHING: trial(table, model, together).verdict}
+
+
+def only_copies(table: Architecture, proven: Mapping[Growth, Verdict]) -> dict[str, Axis]:
+    """The axes, those marked whose whole copies are exact and whose new entries beside them are not."""
+    untried = Verdict("refused")
+    marked = {
+        name
+        for name in table.axes
+        if proven.get(Growth(name, "x2"), untried).exact and proven.get(Growth(name, "x1.5"), untried).kind == "inexact"
+    }
+    sizes = {table.axes[name].size for name in marked if table.axes[name].role in RESIDUAL}
+    stream = {name for name, axis in table.axes.items() if axis.role in RESIDUAL and axis.size in sizes}
+    return {name: replace(axis, only_copies=name in marked | stream) for name, axis in table.axes.items()}
 
 
 def unverified(table: Architecture, why: str) -> dict[Growth, Verdict]:

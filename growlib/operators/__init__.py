@@ -21,6 +21,7 @@ from growlib.operators import (
     bert2bert_aki,
     bert2bert_fpi,
     composable,
+    copies,
     drop_upcycling,
     gopher,
     gstack,
@@ -69,16 +70,8 @@ WHEREVER = "under a condition: wherever the architecture allows it"
 WHOLE_HIDDEN = "under a condition: whole multiples of the hidden size"
 WHOLE = "always, at whole multiples; others are refused"
 _BUILT_IN = (
-    Method(
-        "lossless",
-        lossless.width,
-        lossless.depth,
-        WHEREVER,
-        papers=(
-            LEMON,
-            LLAMA_PRO,
-        ),
-    ),
+    Method("lossless", lossless.width, lossless.depth, WHEREVER, papers=(composable.PAPER, LLAMA_PRO)),
+    Method("copies", copies.width, copies.depth, WHEREVER, papers=(LEMON, LLAMA_PRO)),
     Method("net2net", net2net.width, net2net.depth, WHEREVER, papers=(net2net.PAPER,)),
     Method("bert2bert-fpi", bert2bert_fpi.width, None, WHOLE_HIDDEN, papers=(BERT2BERT,)),
     Method("bert2bert-aki", bert2bert_aki.width, None, "never", papers=(BERT2BERT,)),

@@ -6,7 +6,7 @@
 g takes every old entry once more before any a third time: with whole copies a LayerNorm sees the statistics that it
 saw; between whole multiples it does not, and the growth is close but not exact. A tied head has 1/c on the norm before
 it (between multiples n / N on all of it). Heads are copied whole; head_dim and vocabulary, which the paper leaves
-alone, take the lossless map.
+alone, take the map of `copies`.
 
 Source: bert2BERT (Chen et al., ACL 2022, arXiv 2110.07143).
 """
@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from growlib.architectures.schema import RESIDUAL, Axis, Sizes
 from growlib.maps import AxisMap, chance, shuffled_copies, split_evenly
-from growlib.operators import lossless, net2net
+from growlib.operators import copies, net2net
 
 
 def width(name: str, axis: Axis, old: Sizes, new: Sizes, seed: int) -> AxisMap:
@@ -24,7 +24,7 @@ def width(name: str, axis: Axis, old: Sizes, new: Sizes, seed: int) -> AxisMap:
     if axis.role in ("key_heads", "query_heads"):
         return replace(net2net.whole_heads(name, axis, old, new, seed), copy_noise=0.0)
     if axis.role != "elementwise" and axis.role not in RESIDUAL:
-        return lossless.width(name, axis, old, new, seed)
+        return copies.width(name, axis, old, new, seed)
     # By size, not by name: the residual stream may be two axes, one before and one after its norms.
     source = shuffled_copies(n, N, chance(seed, axis.size))
     wrong = f"{axis.size} {n} -> {N} copies some entries more often, which changes what a norm sees"

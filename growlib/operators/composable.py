@@ -19,7 +19,7 @@ import numpy as np
 
 from growlib.architectures.schema import Axis, Sizes
 from growlib.maps import AxisMap
-from growlib.operators import llama_pro, lossless
+from growlib.operators import copies, llama_pro
 from growlib.papers import Paper
 
 PAPER = Paper(
@@ -38,19 +38,19 @@ def width(name: str, axis: Axis, old: Sizes, new: Sizes, seed: int) -> AxisMap:
     """Exact at any size, save under a LayerNorm after the residual sum, which sees every new entry."""
     match axis.role:
         case "elementwise" | "linear" | "key_heads":
-            return lossless.append(name, axis, old, new)
+            return copies.append(name, axis, old, new)
         case "query_heads":
             return beside(name, axis, old, new)
         case "rms_norm" | "layer_norm":
-            return lossless.residual(name, axis, old, new, copies=1)
+            return copies.residual(name, axis, old, new, copies=1)
         case "unscaled":
-            return lossless.unscaled(name, axis, old, new, copies=1)
+            return copies.unscaled(name, axis, old, new, copies=1)
         case "post_layer_norm":
             wrong = f"{axis.size} {old[name]} -> {new[name]}: a LayerNorm after the residual sum sees the new entries"
-            axis_map = lossless.post_norm_residual(name, axis, old, new, copies=1)
+            axis_map = copies.post_norm_residual(name, axis, old, new, copies=1)
             return replace(axis_map, inexact=wrong if new[name] > old[name] else "")
         case _:
-            return lossless.width(name, axis, old, new, seed)
+            return copies.width(name, axis, old, new, seed)
 
 
 def beside(name: str, axis: Axis, old: Sizes, new: Sizes) -> AxisMap:

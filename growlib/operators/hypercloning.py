@@ -6,7 +6,7 @@
 At m = 2 the noise is the paper's (N, -N). At larger m the paper alternates its sign, which leaves copies 1, 3, ..
 equal; here it is centred over the copies, at the same signal-to-noise ratio. The paper leaves embeddings and head
 without noise; here an untied head has it too. A tied head stays tied, with 1/m on the norm before it (the paper's code
-unties). head_dim is not the paper's: it takes the lossless map.
+unties). head_dim is not the paper's: it takes the map of `copies`.
 
 Source: HyperCloning (Samragh et al. 2024, arXiv 2409.12903).
 """
@@ -16,7 +16,7 @@ from dataclasses import replace
 from growlib.architectures.schema import RESIDUAL, Axis, Sizes
 from growlib.errors import GrowError
 from growlib.maps import AxisMap
-from growlib.operators import lossless
+from growlib.operators import copies
 from growlib.papers import Paper
 
 PAPER = Paper(
@@ -33,7 +33,7 @@ CLONED = {*RESIDUAL, "elementwise", "query_heads", "key_heads"}
 
 def width(name: str, axis: Axis, old: Sizes, new: Sizes, seed: int, *, snr_db: float = 10.0) -> AxisMap:
     """Whole multiples only. `snr_db=inf` is the paper's symmetric cloning, whose copies stay equal in training."""
-    axis_map = lossless.width(name, axis, old, new, seed)
+    axis_map = copies.width(name, axis, old, new, seed)
     if axis.role not in CLONED:
         return axis_map
     m = whole_copies("hypercloning", axis, axis_map)

@@ -21,7 +21,7 @@ import numpy as np
 
 from growlib.architectures.schema import Axis, Sizes
 from growlib.maps import AxisMap, LayerMap, after_each, copy_numbers
-from growlib.operators import lossless
+from growlib.operators import copies
 
 
 def width(
@@ -35,12 +35,12 @@ def width(
     noise: float = 0.3,
 ) -> AxisMap:
     """ "comp" is the paper's for BERT, "projection" for vision; `noise` in shares of the reader's deviation / k."""
-    axis_map = replace(lossless.width(name, axis, old, new, seed), copy_noise=noise)
+    axis_map = replace(copies.width(name, axis, old, new, seed), copy_noise=noise)
     if split == "projection":
         return axis_map
-    copies = axis_map.copies()[axis_map.source.clip(0)]
+    counts = axis_map.copies()[axis_map.source.clip(0)]
     first = (copy_numbers(axis_map.source) == 0) & (axis_map.source >= 0)
-    return replace(axis_map, read=np.where(first, axis_map.read * copies, np.where(copies > 1, 0.0, axis_map.read)))
+    return replace(axis_map, read=np.where(first, axis_map.read * counts, np.where(counts > 1, 0.0, axis_map.read)))
 
 
 def depth(old: int, new: int) -> LayerMap:

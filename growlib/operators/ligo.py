@@ -27,14 +27,14 @@ from growlib.architectures.schema import Architecture, Axis, Sizes
 from growlib.growth_plan import GrowthPlan, Skeleton, TensorPlan
 from growlib.layouts import grow_layout
 from growlib.maps import AxisMap, LayerMap, Side
-from growlib.operators import lossless
+from growlib.operators import copies
 
 NEW_ROW = 0.5  # the norm of a row of C at the start; a row of I has 1
 
 
 def width(name: str, axis: Axis, old: Sizes, new: Sizes, seed: int) -> AxisMap:
     """The start of B: where I stands, the rest free. Queries take the growth of the score's 1/sqrt(head_dim) back."""
-    start = lossless.width(name, axis, old, new, seed)
+    start = copies.width(name, axis, old, new, seed)
     if axis.role == "lookup" or old[name] == new[name]:
         return start
     source = np.full(new[name], -1)

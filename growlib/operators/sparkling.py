@@ -8,7 +8,7 @@ A term and its copy add up to twice the term, four times its variance: the first
 n - r single and r doubled terms, r = N - n. Where copies are whole this is the function-preserving 1/m. The other half
 of the method, the reset of the new entries' optimizer state and their own learning rate, belongs to the training
 afterwards (see the card). Heads, which the paper does not grow, take the same scale; head_dim and vocabulary the
-lossless map.
+map of `copies`.
 
 Source: SPARKLING (ICML 2026, arXiv 2602.02472).
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from growlib.architectures.schema import RESIDUAL, Axis, Sizes
 from growlib.maps import AxisMap, tile
-from growlib.operators import lossless
+from growlib.operators import copies
 from growlib.papers import Paper
 
 PAPER = Paper("SPARKLING", "", "SPARKLING", "ICML", 2026, "2602.02472")
@@ -36,9 +36,9 @@ def width(name: str, axis: Axis, old: Sizes, new: Sizes, seed: int) -> AxisMap:
     if axis.role in RESIDUAL:
         axis_map = AxisMap(n, tile(n, N), np.ones(N), tied_gain=scale(n, N) if axis.role != "unscaled" else 1.0)
     elif axis.role in ("elementwise", "query_heads"):
-        axis_map = lossless.width(name, axis, old, new, seed)
+        axis_map = copies.width(name, axis, old, new, seed)
     else:
-        return lossless.width(name, axis, old, new, seed)
+        return copies.width(name, axis, old, new, seed)
     read = np.full(N, scale(n, N))
     whole = np.allclose(np.bincount(axis_map.source, weights=read, minlength=n), 1.0)
     wrong = f"{axis.size} {n} -> {N} is not a whole multiple: one scale for all readers keeps their RMS alone"

@@ -15,19 +15,19 @@ from dataclasses import replace
 
 from growlib.architectures.schema import Axis, Sizes
 from growlib.maps import AxisMap
-from growlib.operators import hypercloning, lossless
+from growlib.operators import copies, hypercloning
 from growlib.papers import Paper
 
 PAPER = Paper(
     "Staged Training", "Shen et al.", "Staged Training for Transformer Language Models", "ICML", 2022, "2203.06211"
 )
 
-depth = lossless.depth
+depth = copies.depth
 
 
 def width(name: str, axis: Axis, old: Sizes, new: Sizes, seed: int) -> AxisMap:
-    """Whole multiples only; head_dim takes the lossless map."""
-    axis_map = lossless.width(name, axis, old, new, seed)
+    """Whole multiples only; head_dim takes the map of `copies`."""
+    axis_map = copies.width(name, axis, old, new, seed)
     if axis.role not in hypercloning.CLONED:
         return axis_map
     hypercloning.whole_copies("staged", axis, axis_map)
