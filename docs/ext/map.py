@@ -88,7 +88,7 @@ def tree(folder: Path, root: Path, depth: int = 0) -> Iterator[str]:
     prefix = "".join(f"{part}." for part in folder.relative_to(root).parts)
     for path in in_order(list(files.values()), prefix):
         yield f"{'    ' * (depth + 1)}- `{path.name}` {first_line(path)}".rstrip()
-    for below in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"):
+    for below in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))):
         yield from tree(below, root, depth + 1)
 
 
