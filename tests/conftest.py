@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -6,6 +8,15 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("growlib", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("growlib")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in a process per core, two to eight, where pytest-xdist is installed and `-n` is not given."""
+    whole = config.args_source is config.ArgsSource.TESTPATHS
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = min(max(os.cpu_count() or 1, 2), 8) * (not config.option.usepdb)
+        config.option.dist = "loadfile"  # fixtures of a module are made once
 
 
 @pytest.fixture(scope="session")

@@ -66,9 +66,10 @@ def test_plan_draws_where_each_tensor_comes_from(small, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  model.")]
     rows = {name: [line for line in lines if line.split()[0] == name] for name in (line.split()[0] for line in lines)}
     assert "112x48 -> 168x48" in rows["model.layers.*.mlp.up_proj"][0]
-    # Half of the old units have two copies: two thirds of the columns that read them are shared.
-    assert rows["model.layers.*.mlp.up_proj"][0].count("█") == 24
-    assert rows["model.layers.*.mlp.down_proj"][0].count("▓") == 16
+    # Two thirds of the rows are the old units; the others are free, and the columns that read them hold zeros.
+    assert rows["model.layers.*.mlp.up_proj"][0].count("█") == 16
+    assert rows["model.layers.*.mlp.down_proj"][0].count("█") == 16
+    assert rows["model.layers.*.mlp.down_proj"][0].count("·") == 8
     assert rows["model.layers.*.mlp.down_proj"][1].count("·") == 24  # of the new layer: zeros
     assert main(["plan", str(small), "--set", "hidden_size=96", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["exact"] is True

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from tiny import randomise, token_ids
 from unknown import LoomConfig, LoomForCausalLM
 
+import architectures
 import growlib
 from growlib import inference
 from growlib.architectures import table_of
 from growlib.architectures.schema import Growth, from_table, to_table
 from growlib.errors import GrowError
-from growlib.inference import infer, report
+from growlib.inference import infer
 from growlib.inference.tiny import tiny_config, tiny_model
 from growlib.inference.verifier import verdicts
 from growlib.layouts import layout_text
@@ -337,7 +338,10 @@ def test_the_page_holds_the_floor():
 
 
 def reproved(name):
-    return {growth: report.mark(verdict) for growth, verdict in report.verdicts(report.proven(name)).items()}
+    return {
+        growth: architectures.mark(verdict)
+        for growth, verdict in architectures.verdicts(architectures.proven(name)).items()
+    }
 
 
 @pytest.mark.parametrize("name", sorted(page())[::20] if PAGE.exists() else [])

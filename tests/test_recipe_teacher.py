@@ -198,7 +198,7 @@ def test_a_teacher_that_was_passed_costs_nothing_more(copied, taught):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--schedule", "linear", "--stop-at", "none"], "--stop-at none.* None with constant only"),
+        (["--schedule", "linear", "--stop-at", "none"], "--stop-at none.*needs an end"),
         (["--stop-at", "1.5"], "share in"),
         (["--stop-at", "soon"], "--stop-at soon: it is no share"),
         (["--schedule", "steep"], "one of linear"),
