@@ -1,4 +1,4 @@
-"""How many tokens, and which ids, a model can read: found by watching what its forward pass looks up, in no list of names.
+"""How many tokens, and which ids, a model can read: found by watching what it looks up, not by the names of fields.
 
 A table of positions is what is asked for one more row for each token more. Shapes: L tokens of a row.
 """
@@ -30,7 +30,7 @@ class Lookup(NamedTuple):
     """Rows of a table that a forward pass asked for."""
 
     rows: int  # of the table
-    count: int  # of the indices
+    asked: int  # how many rows
     least: int
     most: int
     of: str | None  # the input that is itself the index; None: the index was computed
@@ -50,9 +50,8 @@ class _Watch(TorchDispatchMode):
     def __init__(self, inputs: Mapping[str, Any]) -> None:
         super().__init__()
         self.seen: list[Lookup] = []
-        self._names = {
-            _place(inputs[name]): name for name in (*IDS, "position_ids") if isinstance(inputs.get(name), Tensor)
-        }
+        names = [name for name in (*IDS, "position_ids") if isinstance(inputs.get(name), Tensor)]
+        self._names = {_place(inputs[name]): name for name in names}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = _indices(func, args)
@@ -72,7 +71,9 @@ def _place(tensor: Tensor) -> tuple[Any, int]:
 
 def _indices(func: Any, args: Any) -> tuple[int, Tensor] | None:
     """The number of a table's rows, and the indices, where an operation looks rows up."""
-    table, indices, dim = None, None, 0
+    table: Any = None
+    indices: Any = None
+    dim = 0
     if func is aten.embedding.default:
         table, indices = args[0], args[1]
     elif func is aten.index_select.default:
@@ -172,7 +173,7 @@ class InputLimits:
         for one, other in zip(*(lookups or () for lookups in seen), strict=False):
             for name in names:
                 short, long = PROBES[name]
-                grows = other.most - one.most == long - short and (one.count, other.count) == (short, long)
+                grows = other.most - one.most == long - short and (one.asked, other.asked) == (short, long)
                 if grows and one.rows == other.rows and one.of is None:
                     most = one.rows - one.most - 1 + short
                     limits[name] = min(most, limits.get(name, most))

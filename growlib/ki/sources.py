@@ -1,4 +1,4 @@
-"""What a user calls a teacher: a model in whatever wraps it, a folder, or a hub id. Loaded here; its code never runs."""
+"""What a user calls a teacher: a model in whatever wraps it, a folder, a hub id. Its own code never runs."""
 
 import logging
 import os

@@ -159,9 +159,7 @@ def _no_gradient(behind_is_plain: bool) -> GrowError:
     """What to raise where the trainer's loss gives no logits that a teacher could teach."""
     wrong = "the student's logits carry no gradient: the trainer behind the mixin computes its loss without them"
     if behind_is_plain:
-        return GrowError(
-            ASKED, wrong, "loss_is_plain = True in your class: on this batch it is the plain cross-entropy"
-        )
+        return GrowError(ASKED, wrong, "loss_is_plain = True in your class: it is the plain cross-entropy here")
     wrong += ", and it is not the plain cross-entropy"
     valid = "a loss that is (no loss_type='dft', label smoothing or compute_loss_func), or one that returns its logits"
     return GrowError(ASKED, wrong, valid)

@@ -5,7 +5,7 @@ Shapes: B batch, L length, N positions that count: those whose label is not -100
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,9 @@ KINDS: dict[Task, Kind] = {
     "masked": Kind("AutoModelForMaskedLM", tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES, ForMaskedLMLoss),
     "causal": Kind("AutoModelForCausalLM", tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ForCausalLMLoss),
 }
-AUTO_CLASSES = {task: kind.auto_class for task, kind in KINDS.items()} | {"seq2seq": "AutoModelForSeq2SeqLM"}
+AUTO_CLASSES: dict[str, str] = {
+    task: KINDS[task].auto_class if task in KINDS else "AutoModelForSeq2SeqLM" for task in get_args(Task)
+}
 CLASSIFIERS = ("image", "sequence-classification", "token-classification")
 WITHOUT_HEAD = (*CLASSIFIERS, "question-answering")  # their logits are few: they are computed as a whole
 
@@ -122,8 +124,8 @@ def logits_in(outputs: Any, task: Task) -> Tensor | None:
         return None
     if task != "question-answering":
         return outputs.get("logits")
-    ends = [outputs.get("start_logits"), outputs.get("end_logits")]
-    return None if ends[0] is None or ends[1] is None else torch.stack(ends, 1)
+    start, end = outputs.get("start_logits"), outputs.get("end_logits")
+    return None if start is None or end is None else torch.stack([start, end], 1)
 
 
 @dataclass(frozen=True)
