@@ -83,16 +83,46 @@ class GrownAxes(Protocol):
     def new_sizes(self) -> Mapping[str, int]: ...
 
 
-# (a part of a tensor with a dimension per axis, the dimension that grows, its axis, its side) -> the part, grown
+@dataclass(frozen=True)
+class Part:
+    """One part of a tensor, taken apart into its axes."""
+
+    axes: tuple[tuple[str, Side], ...]  # in memory order
+    leading: int  # how many of them stand before the tensor's last dimension
+    path: str  # which of the concatenated parts it is
+
+    def growing(self, maps: Mapping[str, AxisMap]) -> list[tuple[int, AxisMap, Side]]:
+        """The dimensions that grow, in the order in which they do.
+
+        Readers last: F cancels within each row, so rows that are copies get noise of their own.
+        """
+        found = [(d, maps[axis], side) for d, (axis, side) in enumerate(self.axes) if axis in maps]
+        return sorted((g for g in found if not g[1].is_identity), key=lambda g: g[2] == "read")
+
+
+# (the values of a part with a dimension per axis, the part) -> the same, grown
+GrowPart = Callable[[Tensor, Part], Tensor]
+# (a part with a dimension per axis, the dimension that grows, its axis, its side) -> the part, grown
 GrowAxis = Callable[[Tensor, int, str, Side], Tensor]
 
 
-def grow_layout(
-    work: Tensor, layout: tuple[Dim, ...], growth: GrownAxes, grow_axis: GrowAxis, unread: float = 0.0
-) -> Tensor:
-    """Take a tensor apart into its axes, grow each, and put it together; concatenated dimensions part by part.
+def by_axes(growth: GrownAxes, grow_axis: GrowAxis) -> GrowPart:
+    """The growth of a part that is a growth of each of its axes."""
 
-    What stands in the tensor is up to `grow_axis`: values, or what becomes of them. `unread` stands where a copy does
+    def grow_part(values: Tensor, part: Part) -> Tensor:
+        for dim, _, side in part.growing(growth.maps):
+            values = grow_axis(values, dim, part.axes[dim][0], side)
+        return values
+
+    return grow_part
+
+
+def grow_layout(
+    work: Tensor, layout: Layout, growth: GrownAxes, grow_part: GrowPart, unread: float = 0.0, path: str = ""
+) -> Tensor:
+    """Take a tensor apart into its axes, grow them, and put it together; concatenated dimensions part by part.
+
+    What stands in the tensor is up to `grow_part`: values, or what becomes of them. `unread` stands where a copy does
     not read another.
     """
     for index, dim in enumerate(layout):
@@ -103,26 +133,25 @@ def grow_layout(
             parts = split.split([size // old_groups for size in _part_sizes(dim, growth.old_sizes)], dim=index + 1)
             layouts = [(*layout[:index], Dim((part,), dim.side), *layout[index + 1 :]) for part in dim.parts]
             grown = [
-                grow_layout(part.flatten(index, index + 1), part_layout, growth, grow_axis, unread).unflatten(
-                    index, (new_groups, -1)
-                )
-                for part, part_layout in zip(parts, layouts, strict=True)
+                grow_layout(
+                    part.flatten(index, index + 1), part_layout, growth, grow_part, unread, f"{path}{number}."
+                ).unflatten(index, (new_groups, -1))
+                for number, (part, part_layout) in enumerate(zip(parts, layouts, strict=True))
             ]
             return torch.cat(grown, dim=index + 1).flatten(index, index + 1)
-    return _grow_part(work, layout, growth, grow_axis, unread)
+    return _grow_part(work, layout, growth, grow_part, unread, path)
 
 
-def _grow_part(part: Tensor, layout: tuple[Dim, ...], growth: GrownAxes, grow_axis: GrowAxis, unread: float) -> Tensor:
+def _grow_part(
+    values: Tensor, layout: Layout, growth: GrownAxes, grow_part: GrowPart, unread: float, path: str
+) -> Tensor:
     names = [f"{axis}_{d}" for d, dim in enumerate(layout) for axis in dim.parts[0]]
     flat = " ".join(names)
     folded = " ".join("(" + " ".join(f"{axis}_{d}" for axis in dim.parts[0]) + ")" for d, dim in enumerate(layout))
     axes: list[tuple[str, Side]] = [(axis, dim.side) for dim in layout for axis in dim.parts[0]]
     known = {n: growth.old_sizes[axis] for n, (axis, _) in zip(names, axes, strict=True) if axis in growth.old_sizes}
-    part = rearrange(part, f"{folded} -> {flat}", **known)
-    # Readers last: F cancels within each row, so rows that are copies get noise of their own.
-    for position, (axis, side) in sorted(enumerate(axes), key=lambda item: item[1][1] == "read"):
-        if axis in growth.maps and not growth.maps[axis].is_identity:
-            part = grow_axis(part, position, axis, side)
+    leading = sum(len(dim.parts[0]) for dim in layout[:-1])
+    part = grow_part(rearrange(values, f"{folded} -> {flat}", **known), Part(tuple(axes), leading, path))
     for d, e, copies in own_blocks(axes, growth.maps):  # copy k reads copy k alone, at full weight
         numbers = [torch.from_numpy(copy_numbers(growth.maps[axes[dim][0]].source)) for dim in (d, e)]
         own = along(numbers[0], d, part) == along(numbers[1], e, part)

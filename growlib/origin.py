@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from growlib.layouts import GrownAxes, Layout, along, grow_layout
+from growlib.layouts import GrownAxes, Layout, along, by_axes, grow_layout
 from growlib.maps import FILLINGS, AxisMap, Side
 
 
@@ -42,7 +42,7 @@ def origins(
     def mark_axis(part: Tensor, dim: int, axis: str, side: Side) -> Tensor:
         return _mark(part, dim, growth.maps[axis], side)
 
-    return grow_layout(mark.repeat(old_shape), layout, growth, mark_axis, unread=Origin.NEW)
+    return grow_layout(mark.repeat(old_shape), layout, growth, by_axes(growth, mark_axis), unread=Origin.NEW)
 
 
 def _mark(part: Tensor, dim: int, axis_map: AxisMap, side: Side) -> Tensor:

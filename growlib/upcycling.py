@@ -15,17 +15,18 @@ Scaling the down projection only is growlib's choice: the paper's cube root on a
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from math import prod
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from growlib.apply import Draw
 from growlib.architectures.schema import Architecture
 from growlib.checkpoint import class_like, empty_model, fill, skeleton, skeleton_of
 from growlib.config import OWN_FIELDS
 from growlib.errors import GrowError
+from growlib.free_values import normal
 from growlib.growth_plan import ExpertTensor, GrowthPlan, Mixture, Part, Shape, Skeleton
 from growlib.inference import architecture_of
 from growlib.inference.tiny import tiny_config, tiny_model
@@ -199,22 +200,26 @@ def mix(mixture: Mixture, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, 
     like = next(iter(tensors.values()))
     shards, copies = mixture.shards, mixture.experts // mixture.shards
     for made in mixture.tensors:
-        draw = Draw(mixture.seed, made.name, torch.tensor(mixture.deviation))
         match made.part:
             case "up" | "down":
-                yield made.name, _experts(mixture, made, [tensors[source] for source in made.sources], draw)
+                yield made.name, _experts(mixture, made, [tensors[source] for source in made.sources])
             case "router":
-                rows = draw.normal(like.new_empty(copies, made.shape[1]))
+                rows = mixture.deviation * _drawn(mixture, made.name, (copies, made.shape[1])).to(like)
                 yield made.name, repeat(rows, "copies hidden -> (copies shards) hidden", shards=shards)
             case "one":
                 yield made.name, like.new_ones(made.shape)
             case "zero":
                 yield made.name, like.new_zeros(made.shape)
             case "free":
-                yield made.name, draw.normal(like.new_empty(made.shape))
+                yield made.name, mixture.deviation * _drawn(mixture, made.name, made.shape).to(like)
 
 
-def _experts(mixture: Mixture, made: ExpertTensor, sources: list[Tensor], draw: Draw) -> Tensor:
+def _drawn(mixture: Mixture, name: str, shape: Shape) -> Tensor:
+    """Normal values of a shape, the same for a seed and a name."""
+    return normal(mixture.seed, name, prod(shape[:-1]), shape[-1]).reshape(shape)
+
+
+def _experts(mixture: Mixture, made: ExpertTensor, sources: list[Tensor]) -> Tensor:
     """The weights of one layer's experts: [experts, maps * units, hidden]; down: [experts, hidden, units]."""
     sizes = {"copies": mixture.experts // mixture.shards, "shards": mixture.shards, "units": mixture.units}
     if made.part == "down":
@@ -222,16 +227,16 @@ def _experts(mixture: Mixture, made: ExpertTensor, sources: list[Tensor], draw: 
     pattern = "(maps shards units) hidden -> (copies shards) maps units hidden"
     grown = torch.cat([repeat(source, pattern, **sizes) for source in sources], dim=1)
     if mixture.reset:
-        layer = Draw(mixture.seed, made.name.rpartition(".")[0], draw.deviation)  # of all maps the same units
-        chosen = resets(mixture.experts, mixture.units, layer.generator, mixture.reset)
-        grown = _reset(grown, chosen[:, None, :, None].to(grown.device), draw)
+        layer = made.name.rpartition(".")[0]  # of all maps the same units
+        chosen = resets(mixture.experts, mixture.units, mixture.seed, layer, mixture.reset)
+        grown = _reset(grown, chosen[:, None, :, None].to(grown.device), _drawn(mixture, made.name, grown.shape))
     maps_together = "experts maps units hidden -> experts (maps units) hidden"
     return rearrange(grown, maps_together if made.part == "up" else "experts 1 units hidden -> experts hidden units")
 
 
-def _reset(weights: Tensor, chosen: Tensor, draw: Draw) -> Tensor:
+def _reset(weights: Tensor, chosen: Tensor, drawn: Tensor) -> Tensor:
     """The chosen units drawn anew, around the mean and with the deviation that they have in each map."""
     count = chosen.sum(2, keepdim=True) * weights.shape[-1]
     mean = (weights * chosen).sum((2, 3), keepdim=True) / count
     deviation = (((weights - mean) ** 2 * chosen).sum((2, 3), keepdim=True) / count).sqrt()
-    return torch.where(chosen, mean + deviation * draw.normal(weights) / draw.deviation.to(weights), weights)
+    return torch.where(chosen, mean + deviation * drawn.to(weights), weights)

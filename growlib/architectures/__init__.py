@@ -16,7 +16,7 @@ def families(path: str | Path | None = None) -> list[str]:
     Args:
         path: a table of your own, `MODEL_TYPE.toml`, or a folder of them. It is read and checked, and used from now on
             in this process, before one of the same type that comes with growlib. A growth by it counts as exact
-            only where a tiny model of the class has proven it. The format: docs/inference.md.
+            only where a tiny model of the class has proven it. The format: docs/own-table.md.
 
     Raises:
         GrowError: there is no such file, or it is no table.

@@ -7,9 +7,11 @@ Width and depth grow as under `lossless`. Not exact: that is the point, experts 
 Source: Drop-Upcycling (Nakamura et al., ICLR 2025, arXiv 2502.19261), r = 0.5.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from growlib.free_values import FreeValues
 from growlib.papers import Paper
 
 PAPER = Paper(
@@ -24,7 +26,8 @@ PAPER = Paper(
 RATIO = 0.5
 
 
-def resets(experts: int, units: int, generator: torch.Generator, ratio: float = RATIO) -> Tensor:
+def resets(experts: int, units: int, seed: int, name: str, ratio: float = RATIO) -> Tensor:
     """Which units of each expert start anew: bool [experts, units], `ratio` of each row."""
-    order = torch.rand(experts, units, generator=generator).argsort(dim=1)
-    return order < round(ratio * units)
+    words = FreeValues(seed, name).words(np.arange(experts), 0, units)
+    ranks = words.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    return torch.from_numpy(ranks < round(ratio * units))

