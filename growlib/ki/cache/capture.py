@@ -109,12 +109,7 @@ def cache_teacher(
             batch_size=batch_size,
             held_out_ce=None if held_out is None else recorder.mean_ce(held_out),
         )
-        with ExitStack() as stack:
-            begun = _begin(folder, header, glance.positions, stack) if state.is_main_process else None
-            refusal = broadcast_object_list([begun])[0]
-            if refusal is not None:  # in every process
-                raise refusal
-            _fill(folder, header, recorder, examples, state)
+        _write(folder, header, glance.positions, recorder, examples, state)
     finally:
         reader.give_back()
     return TeacherCache(folder)
@@ -148,6 +143,18 @@ def placed(teacher: Any, task: str | None, dtype: torch.dtype | None) -> tuple[P
     if not lent:
         place(model, PartialState().device)
     return model, lent
+
+
+def _write(
+    folder: Path, header: shards.Header, positions: float, recorder: Recorder, dataset: Examples, state: PartialState
+) -> None:
+    """Write all files that are missing; GrowError, in every process, where the main one cannot begin."""
+    with ExitStack() as stack:
+        begun = _begin(folder, header, positions, stack) if state.is_main_process else None
+        refusal = broadcast_object_list([begun])[0]
+        if refusal is not None:
+            raise refusal
+        _fill(folder, header, recorder, dataset, state)
 
 
 def _fill(folder: Path, header: shards.Header, recorder: Recorder, dataset: Examples, state: PartialState) -> None:

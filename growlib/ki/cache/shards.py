@@ -177,7 +177,7 @@ def check_room(folder: Path, needed: float) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """While this lasts, no other call writes to a folder; GrowError for the second one. A process takes its lock along."""
+    """While this lasts, no other call writes to a folder; GrowError for the second. A lock ends with its process."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
