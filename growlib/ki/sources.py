@@ -124,6 +124,9 @@ def load_teacher(teacher: Any, task: str | None, dtype: torch.dtype | None) -> P
         wrong = f"it is quantised with {method}, and does not load here ({first_line(error)})"
         valid = "the dequantised model (load it where it loads, call model.dequantize(), save it), or what is missing"
         raise GrowError(asked, wrong, valid) from error
+    if method is not None and getattr(model, "hf_quantizer", None) is None:
+        wrong = f"it is quantised with {method}, which transformers does not know and leaves out"
+        raise GrowError(asked, wrong, "the dequantised model (call model.dequantize() where it loads, and save it)")
     odd = {name for name, (_, of_file, _) in stored.items() if of_file not in FLOATS} if method is None else set()
     _check_all_used(asked, kind, model, report, odd)
     return model
