@@ -116,10 +116,10 @@ def cache_teacher(
 
 
 def _folder(path: Any) -> Path:
-    try:
-        return Path(os.path.expanduser(os.fsdecode(path)))
-    except TypeError as error:
-        raise GrowError(f"cache_teacher(path={short(path)})", "it is no path", "a folder") from error
+    text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else "\0"
+    if "\0" in text:
+        raise GrowError(f"caching a teacher in {short(path)}", "it is no path", "a folder")
+    return Path(os.path.expanduser(text))
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:

@@ -17,9 +17,10 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,13 +159,15 @@ def check_place(folder: Path) -> None:
     try:
         if os.path.lexists(folder) and not folder.is_dir():
             raise GrowError(asked, "it exists and is no folder", valid)
-        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise GrowError(asked, f"{nearest} cannot be written to", "a place where there is the right to write")
+        with suppress(FileNotFoundError):  # a name may be too long, or below a file
+            os.lstat(folder)
+        nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        with TemporaryFile(dir=nearest):  # rights alone do not tell: a file system may refuse
+            pass
     except (OSError, ValueError) as error:  # such as a name that is too long
         if isinstance(error, GrowError):
             raise
-        raise not_written(folder, error) from error
+        raise GrowError(asked, f"it cannot be written to ({error})", valid) from error
 
 
 def check_room(folder: Path, needed: float) -> None:
