@@ -4,15 +4,11 @@ import ast
 import io
 import json
 import os
-import shutil
-from contextlib import suppress
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 from ki_tiny import VOCAB, arguments, collate, examples, gpt2, half, llama, parameters, sgd_step, shifted, train
 from safetensors.torch import load_file, save_file
 from test_ki_teacher import tokenizer
@@ -23,11 +19,12 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
+    Trainer,
     ViTConfig,
     ViTForImageClassification,
 )
 
-from growlib import GrowError, KIConfig, KITrainer, cache_teacher
+from growlib import GrowError, KIConfig, KIMixin, KITrainer, cache_teacher
 from growlib.ki import verify_cache
 from growlib.ki.sources import SAFE, load_teacher, model_in, name_of, short, tokenizer_at
 from growlib.ki.tasks import task_of
@@ -315,55 +312,6 @@ def test_weights_that_are_written_over_later_do_not_change_a_loaded_teacher(tmp_
     assert torch.equal(parameters(trainer._ki_provider.teacher.model), before)
 
 
-# Only GrowError comes out of a config
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(1 << 40), 1 << 40) | st.floats() | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=4,
-)
-# Not sizes of 2^40, which are a question of the machine's memory: a row of its own asks for them.
-CONFIG = llama(1, hidden=8).config.to_dict()
-FIELDS = sorted({*CONFIG, "quantization_config", "auto_map", "id2label"})
-ODD = (
-    st.none()
-    | st.booleans()
-    | st.integers(-3, 3)
-    | st.sampled_from([1.5, float("nan"), "", "x", [], {}, [1], {"a": 1}])
-)
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("known") / "teacher")
-
-
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(fields=st.dictionaries(st.sampled_from(FIELDS), ODD, min_size=1, max_size=2))
-def test_a_config_of_odd_fields_loads_or_is_refused(known, tmp_path_factory, fields):
-    folder = tmp_path_factory.mktemp("odd")
-    shutil.copytree(known, folder, dirs_exist_ok=True)
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | fields))
-    with suppress(GrowError):
-        assert write(folder, folder / "cache").positions == 59
-
-
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=JSON.map(json.dumps) | st.text(max_size=20) | st.just("[" * 9999))
-@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"])
-@example(content="{}")
-def test_a_file_of_any_content_loads_or_is_refused(known, tmp_path_factory, name, content):
-    folder = tmp_path_factory.mktemp("odd")
-    shutil.copytree(known, folder, dirs_exist_ok=True)
-    if name == "adapter_config.json":
-        (folder / "config.json").unlink()
-    (folder / name).write_text(content, encoding="utf-8", errors="replace")
-    for load in (lambda: load_teacher(folder, "causal", None), lambda: tokenizer_at(str(folder))):
-        with suppress(GrowError):
-            load()
-
-
 # Whose tokens they are
 
 
@@ -424,3 +372,21 @@ def test_another_architecture_with_the_same_tokens_teaches(tmp_path):
     before = parameters(student).clone()
     train(tmp_path, student, half(gpt2(1, hidden=8)), ROWS)
     assert not torch.equal(parameters(student), before)
+
+
+@pytest.mark.parametrize(("factor", "advised"), [(1.0, True), (0.5, False)])
+def test_only_a_plain_loss_is_advised_to_say_so(tmp_path, factor, advised):
+    """As trl's loss_type="dft", which gives no logits either."""
+
+    class Behind(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            outputs["logits"] = outputs.logits.detach()
+            return (factor * outputs.loss, outputs) if return_outputs else factor * outputs.loss
+
+    class Taught(KIMixin, Behind): ...
+
+    with pytest.raises(GrowError, match="carry no gradient") as caught:
+        train(tmp_path, llama(0), half(llama(1, hidden=8)), ROWS, Taught)
+    assert ("loss_is_plain" in str(caught.value)) == advised
+    assert ("dft" in str(caught.value)) != advised
