@@ -171,8 +171,8 @@ def cache(options: argparse.Namespace) -> int:
     # Here, because it imports the Trainer, which the other commands do not need.
     from growlib.ki import cache_teacher, verify_cache
     from growlib.ki.cache.data import padded, read_examples
+    from growlib.ki.sources import load_teacher, tokenizer_at
     from growlib.ki.tasks import task_of
-    from growlib.ki.teacher import tokenizer_at
 
     words = options.arguments
     verifying = words[0] == "verify"
@@ -187,7 +187,7 @@ def cache(options: argparse.Namespace) -> int:
         print(measured)
         return 0 if measured.sound else 1
     held_out = read_examples(options.held_out, tokenizer, options.length) if options.held_out else None
-    model = checkpoint.load(teacher)
+    model = load_teacher(teacher, None, None)
     task, rows = task_of(model), chain(dataset or (), held_out or ())
     if task != "causal" and any(row["labels"] is row["input_ids"] for row in rows):
         wrong = f"there are no labels, and for a {task} model the tokens are none"

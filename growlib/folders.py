@@ -47,6 +47,8 @@ def folder_of(source: str | Path, weights: bool = True) -> Path:
 
 def read_json(asked: str, path: Path) -> dict[str, Any]:
     """A file that holds a JSON object. Raises GrowError for anything else."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait for somebody who writes
+        raise GrowError(asked, f"{path.name} is no file but a pipe, a device or a folder", "a JSON object")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

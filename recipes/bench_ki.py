@@ -8,7 +8,7 @@
              logits), TRL's chunked divergence and Liger's fused cross-entropy where they are installed and run.
     step     a whole step of training against the stock Trainer's: switched off, from a cache, with the teacher beside
              it. Two students that take turns, so that a machine that slows down slows both.
-    reading  positions per second from a cache of random records, one process, files in the page cache.
+    reading  positions per second from a cache of random logits, one process, files in the page cache.
 
 Times are medians over --rounds, and a form that is measured twice says how large the noise is. Memory is the peak above
 what was there before; on a CPU, of the tensors that PyTorch's dispatcher sees. --out writes all of it as JSON.
@@ -180,11 +180,11 @@ class ChunkedTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state[:, :-1]
         labels = inputs["labels"][:, 1:]
-        ids, logprobs = labels.reshape(-1, 1) * 0, hidden.new_zeros(labels.numel(), 1)
-        nobody = Targets(logprobs, model.config.vocab_size, ids, treatment="none")
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # as the forward pass of the other arms
+            hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state[:, :-1]
+            ids, logprobs = labels.reshape(-1, 1) * 0, hidden.new_zeros(labels.numel(), 1)
+            nobody = Targets(logprobs, model.config.vocab_size, ids, treatment="none")
             head = model.lm_head.weight
             return linear_ki_loss(hidden, head, labels, nobody, alpha=0.0, num_items=num_items_in_batch).loss
 
@@ -230,7 +230,7 @@ def bench_step(sizes: Sizes, folder: Path) -> dict[str, Row]:
 
 
 def bench_reading(sizes: Sizes, folder: Path) -> Row:
-    """A cache of random records, read in shuffled batches of 16."""
+    """A cache of what random logits say, read in shuffled batches of 16."""
     length, random = 512, np.random.default_rng(0)
     ids = torch.from_numpy(random.integers(0, sizes.vocab, (sizes.examples, length)))
     rows = [{"input_ids": row[None], "labels": row[None]} for row in ids]
@@ -238,12 +238,13 @@ def bench_reading(sizes: Sizes, folder: Path) -> Row:
         FORMAT, None, "random", None, "causal", sizes.vocab, TOP_K, SAMPLES, temperature=1.0, seed=0,
         examples=len(rows), dataset="random", shard_examples=len(rows), batch_size=1, held_out_ce=None,
     )  # fmt: skip
+    logits = torch.from_numpy(random.standard_normal((length, sizes.vocab), np.float32))
+    said = header.record_format.encode(Targets.sample(logits, TOP_K, SAMPLES))
     width = header.record_format.bytes_per_position
     folder.mkdir()
     write_header(folder, header)
     found = [examples_of(row, "causal", Positions.of(row, "causal"))[0] for row in rows]
-    records = [random.integers(0, 100, (example.counted, width), np.uint8) for example in found]
-    shard = [StoredExample(example.digest, 0.0, len(part), part) for example, part in zip(found, records, strict=True)]
+    shard = [StoredExample(x.digest, 0.0, x.counted, np.roll(said, n, 0)[: x.counted]) for n, x in enumerate(found)]
     write_shard(shard_path(folder, 0), header.key, shard)
     cache = TeacherCache(folder)
     batches = [ids[torch.from_numpy(random.permutation(sizes.examples)[:16])] for _ in range(20)]

@@ -69,7 +69,7 @@ def angles(setting: Setting, folder: Path) -> study.Rows:
         lab.learn("teacher", setting.initial, blocks).model.path,
         lab.learn("student", setting.target, blocks, steps=steps).model.path,
     ]
-    teacher, student = (AutoModelForCausalLM.from_pretrained(path).eval() for path in paths)
+    teacher, student = (AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).eval() for path in paths)
     held_out = torch.from_numpy(corpus.held_out).long()
     logits = states(teacher, held_out) @ teacher.get_output_embeddings().weight.detach().T
     hidden, weight = states(student, held_out), student.get_output_embeddings().weight

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from growlib import GrowError, KIConfig, KITrainer, cache_teacher
+from growlib.ki.guard import Guard
 from growlib.ki.head_access import access_head
 from growlib.ki.providers import Part
 from growlib.ki.step import Step, linear_step
@@ -42,8 +43,8 @@ with torch.no_grad():
     logits = teacher(**batch).logits.flatten(0, 1)
 unlabelled = {"input_ids": batch["input_ids"]}
 positions = Positions.at(shifted(batch["labels"]))
-part = Part(None, Targets.dense(logits[positions.flat]), None)
-step = Step([part], positions, 0.5, KIConfig(teacher=teacher))
+part = Part("it", None, Targets.dense(logits[positions.flat]), None)
+step = Step([part], positions, 0.5, KIConfig(teacher=teacher), Guard())
 loss, _ = linear_step(step, access_head(split, split, unlabelled), split, unlabelled, 0.01)
 loss.backward()
 gradients = {name: p.grad.full_tensor() for name, p in split.named_parameters()}

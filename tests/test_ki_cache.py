@@ -247,7 +247,7 @@ def test_a_cache_that_does_not_fit_the_student_is_refused(tmp_path, student, opt
         ({"top_k": 1.5}, "top_k=1.5.* not a whole number"),
         ({"seed": 1 << 63}, "seed=.* out of range"),
         ({"temperature": "1"}, "temperature='1'"),
-        ({"model": torch.nn.Linear(2, 2)}, "the teacher is a Linear"),
+        ({"model": torch.nn.Linear(2, 2)}, "a teacher that is a Linear"),
         ({"rows": datasets.DatasetDict(train=datasets.Dataset.from_list([{"input_ids": [1]}]))}, "one split of it"),
         ({"rows": [*ROWS[:3], {"input_ids": torch.arange(4), "labels": torch.arange(4)}]}, "pads where lengths differ"),
         ({"rows": [{"input_ids": torch.arange(4), "labels": torch.arange(3)}]}, "one label for each token"),

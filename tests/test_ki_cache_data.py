@@ -25,13 +25,13 @@ def test_an_array_is_read_a_row_at_a_time(tmp_path, dtype):
 def test_lines_are_those_of_the_file_and_keep_what_a_model_reads(tmp_path):
     columns = ("token_type_ids", "position_ids", "attention_mask")
     first = {"input_ids": [5, 3], "labels": [-100, 3], "text": "a\u2028b", **{name: [1, 0] for name in columns}}
-    lines = [json.dumps(first, ensure_ascii=False), "", json.dumps({**first, "input_ids": [4, 2, 7]})]
+    lines = [json.dumps(first, ensure_ascii=False), "", json.dumps({**first, "input_ids": [4, 2]})]
     (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
     rows = read_examples(tmp_path / "x.jsonl")
-    assert [row["input_ids"] for row in rows] == [[5, 3], [4, 2, 7]]
-    batch = padded(rows)
-    assert batch["input_ids"].tolist() == [[5, 3, 0], [4, 2, 7]]
-    assert all(batch[name].tolist() == [[1, 0]] * 2 for name in columns)
+    assert [row["input_ids"] for row in rows] == [[5, 3], [4, 2]]
+    batch = padded([*rows, {**{name: [1] for name in columns}, "input_ids": [7], "labels": [7]}])
+    assert batch["input_ids"].tolist() == [[5, 3], [4, 2], [7, 0]]
+    assert all(batch[name].tolist() == [[1, 0]] * 3 for name in columns)
 
 
 def test_a_folder_is_of_text_whatever_its_name(tmp_path):

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from ki_tiny import arguments, examples, llama
 
 import bench_ki
 import domain_adaptation
@@ -183,6 +184,14 @@ def test_the_benchmark_runs(tmp_path, capsys):
     )
     assert report["reading"]["positions_per_second"] > 0
     assert "from a cache" in capsys.readouterr().out
+
+
+def test_the_chunked_arm_of_the_benchmark_runs_under_autocast(tmp_path):
+    """As the forward pass of the other arms."""
+    seen, student = [], llama(0)
+    student.model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    bench_ki.ChunkedTrainer(model=student, args=arguments(tmp_path, bf16=True), train_dataset=examples(8)).train()
+    assert seen == [True]
 
 
 def test_a_benchmark_that_cannot_be_written_does_not_begin(tmp_path, monkeypatch, capsys):

@@ -166,7 +166,7 @@ def test_a_causal_model_whose_loss_does_not_shift(tmp_path):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda seed: bart(BartForSequenceClassification, seed), "image classifier"),
+        (lambda seed: bart(BartForSequenceClassification, seed), "labels that are none of its 3"),
         (lambda _: torch.nn.Linear(2, 2), "not a model of transformers"),
     ],
 )

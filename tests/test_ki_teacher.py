@@ -6,7 +6,6 @@ from ki_tiny import MAKERS, VOCAB, arguments, bert, collate, examples, gpt2, lla
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
-    BertForSequenceClassification,
     LlamaModel,
     PreTrainedTokenizerFast,
     XLMConfig,
@@ -93,7 +92,7 @@ def test_a_checkpoint_without_its_head_is_refused(tmp_path):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(GrowError, match="does not load"):
+    with pytest.raises(GrowError, match="there is no such folder"):
         trainer(tmp_path, llama(0), KIConfig(teacher=tmp_path / "nowhere"))
 
 
@@ -173,16 +172,12 @@ def test_a_subclass_has_the_task_of_its_base_and_xlm_does_not_shift():
     assert task_of(XLMWithLMHeadModel(XLMConfig(**sizes))) == "masked"
 
 
-def test_a_classifier_is_refused():
-    with pytest.raises(GrowError, match="neither a causal nor a masked"):
-        task_of(BertForSequenceClassification(bert(0).config))
-
-
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_teacher_equal_to_the_student_gives_its_logits(tmp_path, name):
-    teacher, batch = MAKERS[name](1), collate(examples(4, ignored=False))
+    teacher, batch = MAKERS[name](1).eval(), collate(examples(4, ignored=False))
     taught = trainer(tmp_path, MAKERS[name](0), KIConfig(teacher=teacher))
-    expected = teacher(**batch).logits[Positions.of(batch, taught._ki_task).mask]
+    with torch.no_grad():
+        expected = teacher(**batch).logits[Positions.of(batch, taught._ki_task).mask]
     assert torch.equal(predicted(taught, batch), expected)
     assert not predicted(taught, batch).requires_grad
 

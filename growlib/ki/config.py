@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from growlib.errors import GrowError
 from growlib.ki.predictions import are_weights
 from growlib.ki.schedules import Schedule, schedule_of
+from growlib.ki.sources import model_in, short
 from growlib.ki.treatments import TREATMENTS, WITHOUT_DRAWS
 
-OneTeacher = PreTrainedModel | str | os.PathLike[str]
+OneTeacher = nn.Module | str | os.PathLike[str]  # a PreTrainedModel, perhaps in a wrapper
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,11 @@ class KIConfig:
 
     Attributes:
         teacher: a model, a folder, or a hub id, of the student's tokenizer; or the folder of a cache that
-            `growlib.cache_teacher` wrote, and no teacher is loaded. A model that is passed in is used as it is:
-            frozen, put in eval mode, and moved to the training device. Several: a tuple, whose distributions are
-            averaged, or a dict, domain -> teacher, each of which teaches the examples of its domain.
+            `growlib.cache_teacher` wrote, and no teacher is loaded. A model that is passed in is borrowed: while it
+            teaches, it is frozen, in eval mode and on the training device; after its last step, or the training's, it
+            is what and where it was. It may be in a wrapper of torch (compiled, DataParallel) or PEFT (LoRA). Several:
+            a tuple, whose distributions are averaged, or a dict, domain -> teacher, each of which teaches the examples
+            of its domain.
         schedule: how α falls: a key of `growlib.ki.SCHEDULES`, a function of your own, or a `growlib.ki.Schedule`,
             which also says how it ends. Your function gets the progress, the share of training that is done (0 at the
             first step, below 1 at the last), and returns the factor of `alpha` there, a number in [0, 1].
@@ -34,7 +37,7 @@ class KIConfig:
             which the student's held-out loss is no higher than the teacher's; until then `stop_at` counts as 1.
         temperature: τ of both softmaxes.
         alpha: what the schedule is multiplied with: α at the first step, where it starts at 1.
-        teacher_dtype: what the teacher is cast to, once; None keeps the checkpoint's.
+        teacher_dtype: what a teacher is loaded in; None: the checkpoint's. A model that is passed in is never cast.
         common_vocab: number of token ids, counted from 0, that mean the same to student and teacher. None:
             both vocabularies are equally large, or the two tokenizers prove that only their padding differs.
             The data must hold no id that the teacher's embedding lacks.
@@ -64,11 +67,12 @@ class KIConfig:
 
     def __post_init__(self) -> None:
         mapped = isinstance(self.teacher, Mapping)
-        for teacher in self.teachers:
-            if not isinstance(teacher, PreTrainedModel | str | os.PathLike):
-                valid = "a PreTrainedModel, a folder, or a hub id; a tuple or a dict of them"
-                raise GrowError(f"KIConfig(teacher={type(teacher).__name__} object)", "it is not a model", valid)
+        dtype = self.teacher_dtype
+        is_dtype = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        self._require("teacher_dtype", dtype is None or is_dtype, "a floating-point torch.dtype, or None")
         self._require("teacher", len(self.teachers) > 0, "at least one")
+        for teacher in self.teachers:
+            model_in(teacher, dtype)
         schedule = schedule_of(self.schedule)
         if self.stop_at == "default":
             object.__setattr__(self, "stop_at", schedule.stop_at)
@@ -80,9 +84,6 @@ class KIConfig:
         temperature, alpha = self.temperature, self.alpha
         self._require("temperature", _is_number(temperature) and 0 < temperature < float("inf"), "above 0")
         self._require("alpha", _is_number(alpha) and 0 <= alpha <= 1, "a weight in [0, 1]")
-        dtype = self.teacher_dtype
-        is_dtype = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        self._require("teacher_dtype", dtype is None or is_dtype, "a floating-point torch.dtype, or None")
         for name in ("common_vocab", "top_k"):
             count = getattr(self, name)
             is_count = isinstance(count, int) and not isinstance(count, bool) and count > 0
@@ -107,7 +108,7 @@ class KIConfig:
 
     def _require(self, name: str, valid: bool, what_is_valid: str) -> None:
         if not valid:
-            raise GrowError(f"KIConfig({name}={getattr(self, name)!r})", "the value cannot be used", what_is_valid)
+            raise GrowError(f"KIConfig({name}={short(getattr(self, name))})", "the value cannot be used", what_is_valid)
 
     def alpha_at(self, progress: float) -> float:
         """α at a progress in [0, 1]; with "auto", as long as the teacher stays. GrowError as `Schedule`."""

@@ -79,13 +79,17 @@ def linear_ki_loss(
 
 
 class KISums(NamedTuple):
-    """Sums over positions: `KILoss`, the teacher's own CE at τ = 1, and over how many positions that is known."""
+    """Sums over positions: `KILoss`, the teacher's own CE at τ = 1 and over how many positions that is known.
+
+    `no_numbers` is how many positions have targets that are no numbers.
+    """
 
     loss: Tensor
     ce: Tensor
     kd: Tensor
     teacher_ce: Tensor
     known: Tensor
+    no_numbers: Tensor
 
 
 def linear_ki_sums(
@@ -97,13 +101,17 @@ def linear_ki_sums(
     gate: bool = False,
     chunk: int | None = None,
     recompute: bool = False,
+    numbers_only: bool = False,
 ) -> KISums:
-    """`linear_ki_loss` as sums over the N positions whose label, [N], is not `NO_LABEL`."""
+    """`linear_ki_loss` as sums over the N positions whose label, [N], is not `NO_LABEL`.
+
+    With `numbers_only`, α is 0 at positions where the teacher says no numbers; otherwise the loss is NaN, too.
+    """
     device = student.hidden.device.type
     if torch.is_autocast_enabled(device) and student.hidden.dtype != torch.float64:  # which autocast leaves alone
         student = student.cast(torch.get_autocast_dtype(device))
     chunk = chunk or chunk_size(student.vocab)
-    settings = _Settings(student.scale, student.softcap, temperature, gate, chunk, recompute)
+    settings = _Settings(student.scale, student.softcap, temperature, gate, chunk, recompute, numbers_only)
     exact = torch.promote_types(student.hidden.dtype, torch.float32)
     alpha = student.hidden.new_zeros((), dtype=exact) + (alpha.to(exact) if isinstance(alpha, Tensor) else alpha)
     with torch.autocast(device, enabled=False):
@@ -123,6 +131,7 @@ class _Settings(NamedTuple):
     gate: bool
     chunk: int
     recompute: bool
+    numbers_only: bool
 
 
 class _LinearKILoss(torch.autograd.Function):
@@ -175,7 +184,7 @@ def _run(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The sums [d loss / d α, *KISums], and the gradients of (hidden, weight, bias) that are wanted."""
     hidden, weight, bias = student.hidden, student.weight, student.bias
-    sums = alpha.new_zeros(6)
+    sums = alpha.new_zeros(7)
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     d_weight = torch.zeros_like(weight, dtype=alpha.dtype) if wanted[1] else None
     d_bias = torch.zeros_like(bias, dtype=alpha.dtype) if wanted[2] and bias is not None else None
@@ -184,8 +193,11 @@ def _run(
         logits = student.rows(rows).logits()
         slope = None if settings.softcap is None else 1 - (logits / settings.softcap).square()
         targets = targets_for(logits, teacher.rows(rows), settings.temperature)
-        sums[4:] += teacher_ce(targets, labels[rows])
-        parts, gradient = _chunk_loss(logits, labels[rows], targets, alpha, settings.gate, any(wanted))
+        no_numbers = targets.no_numbers
+        sums[4:6] += teacher_ce(targets, labels[rows])
+        sums[6] += no_numbers.sum()
+        heard = ~no_numbers if settings.numbers_only else None
+        parts, gradient = _chunk_loss(logits, labels[rows], targets, alpha, settings.gate, heard, any(wanted))
         sums[:4] += parts
         if gradient is None:
             continue
@@ -207,9 +219,18 @@ def _run(
 
 
 def _chunk_loss(
-    logits: Tensor, labels: Tensor, targets: Targets, alpha: Tensor, gate: bool, with_gradient: bool
+    logits: Tensor,
+    labels: Tensor,
+    targets: Targets,
+    alpha: Tensor,
+    gate: bool,
+    heard: Tensor | None,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums [d loss / d α, loss, ce, kd] of n positions, and d loss / d logits, [n, V], in the logits' own memory."""
+    """Sums [d loss / d α, loss, ce, kd] of n positions, and d loss / d logits, [n, V], in the logits' own memory.
+
+    `heard`, [n], is where the teacher has a weight; None: everywhere.
+    """
     counts = labels != NO_LABEL
     at_label = labels.masked_fill(~counts, 0)[:, None]
     label_logits = logits.gather(1, at_label)[:, 0]
@@ -219,9 +240,9 @@ def _chunk_loss(
     log_z = kl.log_z if together else logits.logsumexp(1)
     ce = torch.where(counts, log_z - label_logits, 0)
     kd = torch.where(counts, kl.value * targets.temperature**2, 0)
-    taught = counts
+    taught = counts if heard is None else counts & heard
     if gate:
-        taught = counts & (targets.label_logprobs(labels) > label_logits / targets.temperature - kl.log_z)
+        taught = taught & (targets.label_logprobs(labels) > label_logits / targets.temperature - kl.log_z)
     weight = alpha * taught
     # A term without weight is left out, NaN included, as in `mix`.
     loss = torch.where(weight == 1, 0, (1 - weight) * ce) + torch.where(weight == 0, 0, weight * kd)

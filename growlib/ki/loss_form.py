@@ -1,7 +1,8 @@
 """How the trainer behind the mixin computes its loss. Nothing declares it, so it is measured on the first batch."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from growlib.ki.head_access import HeadAccess, NoHeadAccess, access_head
-from growlib.ki.tasks import Positions, Task, decoder_inputs
+from growlib.ki.tasks import LABELS, WITHOUT_HEAD, Positions, Task, decoder_inputs
 
 logger = logging.getLogger("growlib")
 
@@ -48,33 +49,67 @@ def find_loss_form(
     """
     positions = Positions.of(inputs, task)
     if positions.count == 0:  # its loss would be NaN
-        inputs = {name: x.clamp(min=0) if name in ("labels", "shift_labels") else x for name, x in inputs.items()}
+        inputs = {name: _some_label(name, x) for name, x in inputs.items()}
         positions = Positions.of(inputs, task)
     items = positions.mask.sum()
-    model = getattr(model, "_orig_mod", model)  # no graph of torch.compile for what runs once
-    trains = model.training
-    model.eval()  # no dropout differs
     access: HeadAccess | None = None
     shifts = True
-    with torch.no_grad():
+    with _measuring(model) as model:
         once = loss_behind(model, dict(inputs), items)
         divides = bool(once != loss_behind(model, dict(inputs), 2 * items))
         try:
             if needs_logits is not None:
                 raise NoHeadAccess(needs_logits)
-            unlabelled = without_labels(inputs, student, task)
-            access = access_head(student, model, unlabelled)
-            shifts = _shifts(once, model(**unlabelled).logits, inputs, task)
+            if task not in WITHOUT_HEAD:
+                unlabelled = without_labels(inputs, student, task)
+                access = access_head(student, model, unlabelled)
+                shifts = _shifts(once, model(**unlabelled).logits, inputs, task)
         except NoHeadAccess as reason:
             access = None
             logger.warning("The loss is computed from whole logits: %s.", reason)
-    model.train(trains)
     return LossForm(divides, access, shifts)
+
+
+def is_plain(
+    model: nn.Module,
+    student: PreTrainedModel,
+    inputs: dict[str, Any],
+    task: Task,
+    loss_behind: Callable[[nn.Module, dict[str, Any], Tensor], Any],
+) -> bool:
+    """Whether the loss of the trainer behind the mixin is the plain cross-entropy; as `find_loss_form`."""
+    with _measuring(model) as model:
+        try:
+            once = loss_behind(model, dict(inputs), Positions.of(inputs, task).mask.sum())
+            _shifts(once, model(**without_labels(inputs, student, task)).logits, inputs, task)
+        except NoHeadAccess:
+            return False
+    return True
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[nn.Module]:
+    """A model without the graph of torch.compile, for what runs once, and without dropout."""
+    model = getattr(model, "_orig_mod", model)
+    trains = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train(trains)
+
+
+def _some_label(name: str, x: Any) -> Any:
+    """Labels that count, of a batch in which none does."""
+    if name in ("start_positions", "end_positions"):
+        return torch.zeros_like(x)
+    return x.clamp(min=0) if name in LABELS else x
 
 
 def without_labels(inputs: dict[str, Any], student: PreTrainedModel, task: Task) -> dict[str, Any]:
     """The batch as a forward pass without a loss takes it; raises NoHeadAccess where the student needs its labels."""
-    kept = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+    kept = {name: value for name, value in inputs.items() if name not in LABELS}
     if task == "seq2seq":
         of_decoder = decoder_inputs(student, inputs)
         if not of_decoder:

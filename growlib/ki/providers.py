@@ -15,8 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from growlib.errors import GrowError
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.config import KIConfig
+from growlib.ki.guard import Finding, Guard
 from growlib.ki.linear import teacher_ce
 from growlib.ki.predictions import Mixture, Predictions
+from growlib.ki.sources import name_of
 from growlib.ki.targets import Targets
 from growlib.ki.tasks import Positions, outcomes, task_of
 from growlib.ki.teacher import Teacher, resolve_teacher
@@ -28,6 +30,7 @@ CHUNK = 1024  # positions of held-out logits at once
 class Part(NamedTuple):
     """What one teacher says."""
 
+    teacher: str  # its name in an error
     rows: Tensor | None  # [n], at which of the N positions; None: at all
     predictions: Predictions  # there
     teacher_ce: Tensor | None  # [2], its summed CE and over how many positions, where the predictions do not give it
@@ -42,18 +45,27 @@ class HeldOut(NamedTuple):
 
 
 class TeacherProvider(Protocol):
-    """Gives the parts of a batch. `held_out` is None where the teacher's loss on held-out text cannot be known."""
+    """Gives the parts of a batch. `held_out` is None where the teacher's loss on held-out text cannot be known.
 
+    `give_back` makes models that were passed in what they were; the next batch borrows them again.
+    """
+
+    @property
+    def name(self) -> str: ...
     @property
     def held_out(self) -> HeldOut | None: ...
     def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]: ...
+    def give_back(self) -> None: ...
 
 
 class OnlineProvider:
     """A teacher that runs beside the student."""
 
     def __init__(self, teacher: Teacher, config: KIConfig) -> None:
-        self.teacher, self.config = teacher, config
+        self.teacher, self.config, self.name = teacher, config, teacher.name
+
+    def give_back(self) -> None:
+        self.teacher.give_back()
 
     @property
     def held_out(self) -> HeldOut:  # stored, it would keep the teacher in memory after its last step
@@ -62,9 +74,9 @@ class OnlineProvider:
     def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
         predictions, k = self.teacher.predict(batch, positions), self.config.top_k
         if k is None:
-            return [Part(None, predictions, None)]
+            return [Part(self.name, None, predictions, None)]
         tail, temperature = self.config.tail or "bucket", self.config.temperature
-        return [Part(None, Targets.top_k(predictions, k, tail=tail, temperature=temperature), None)]
+        return [Part(self.name, None, Targets.top_k(predictions, k, tail=tail, temperature=temperature), None)]
 
     @torch.no_grad()
     def _ce_of(self, batch: dict[str, Any], positions: Positions) -> Tensor:
@@ -72,7 +84,9 @@ class OnlineProvider:
         total = labels.new_zeros((), dtype=torch.float32)
         for start in range(0, len(labels), CHUNK):
             rows = slice(start, start + CHUNK)
-            total = total + teacher_ce(predictions.rows(rows).targets(1.0, labels.device), labels[rows])[0]
+            targets = predictions.rows(rows).targets(1.0, labels.device)
+            listen(self.teacher.guard, self.name, targets.no_numbers.any())
+            total = total + teacher_ce(targets, labels[rows])[0]
         return total
 
 
@@ -80,7 +94,7 @@ class CacheProvider:
     """Targets that a teacher has left on disk."""
 
     def __init__(self, cache: TeacherCache, config: KIConfig) -> None:
-        self.cache, self.config = cache, config
+        self.cache, self.config, self.name = cache, config, name_of(cache.path)
         ce = cache.header.held_out_ce
         self.held_out = None if ce is None else HeldOut(cache.header.vocab, ce, None)
 
@@ -89,7 +103,10 @@ class CacheProvider:
         if self.config.tail is not None:
             targets = targets.treated(self.config.tail)
         device = positions.labels.device
-        return [Part(None, targets.to(device), ce_2.to(device))]
+        return [Part(self.name, None, targets.to(device), ce_2.to(device))]
+
+    def give_back(self) -> None:
+        """Nothing was borrowed."""
 
 
 class AverageProvider:
@@ -99,10 +116,15 @@ class AverageProvider:
 
     def __init__(self, providers: list[TeacherProvider], weights: tuple[float, ...]) -> None:
         self.providers, self.weights = providers, weights
+        self.name = " or ".join(provider.name for provider in providers)
+
+    def give_back(self) -> None:
+        for provider in self.providers:
+            provider.give_back()
 
     def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
         (every,) = zip(*(provider.parts(batch, positions) for provider in self.providers), strict=True)
-        return [Part(None, Mixture(tuple(part.predictions for part in every), self.weights), None)]
+        return [Part(self.name, None, Mixture(tuple(part.predictions for part in every), self.weights), None)]
 
 
 class DomainProvider:
@@ -112,6 +134,11 @@ class DomainProvider:
 
     def __init__(self, providers: Mapping[Any, TeacherProvider]) -> None:
         self.providers = providers
+        self.name = " or ".join(provider.name for provider in providers.values())
+
+    def give_back(self) -> None:
+        for provider in self.providers.values():
+            provider.give_back()
 
     def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
         labels, asked = positions.aligned, "KIConfig(domain=...)"
@@ -146,8 +173,19 @@ def _rows(name: str, value: Any, rows: Tensor, count: int) -> Any:
     return value[rows]
 
 
+def listen(guard: Guard, teacher: str, no_numbers: Tensor) -> None:
+    """Remember whether, a scalar, a teacher said something that is no number."""
+    wrong = "what it says is no numbers (NaN or infinite), at one or more positions that count"
+    valid = "a teacher whose weights are finite, in a dtype that does not overflow"
+    guard.add(no_numbers, Finding(f"the teacher {teacher}", wrong, valid))
+
+
 def load_provider(
-    config: KIConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device
+    config: KIConfig,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    guard: Guard,
 ) -> TeacherProvider:
     """Load what `config.teacher` names; raises GrowError where it cannot teach the student."""
 
@@ -159,7 +197,7 @@ def load_provider(
         if config.tail is not None and config.top_k is None:
             asked = f"KIConfig(tail={config.tail!r}) with an online teacher"
             raise GrowError(asked, "its whole distribution has no tail", "top_k beside it, or a cache, or no tail")
-        online = resolve_teacher(config, teacher, student, tokenizer, device)
+        online = resolve_teacher(config, teacher, student, tokenizer, device, guard)
         if config.top_k is not None and config.top_k > online.common_vocab:
             wrong = f"teacher and student share {online.common_vocab} token ids"
             raise GrowError(f"KIConfig(top_k={config.top_k})", wrong, f"at most {online.common_vocab}")

@@ -3,6 +3,7 @@
 Shapes: B batch, L length, V tokens, N positions that count.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
+from growlib.ki.guard import Guard
 from growlib.ki.head_access import HeadAccess, stand_in
 from growlib.ki.linear import linear_ki_sums, teacher_ce
 from growlib.ki.loss import at_least_float32, kl_per_position, mix
-from growlib.ki.providers import CHUNK, Part
-from growlib.ki.tasks import Positions
+from growlib.ki.providers import CHUNK, Part, listen
+from growlib.ki.tasks import Positions, Task, logits_in
 
 ASKED = "Knowledge Inheritance"
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]  # CE, KL, the teacher's CE, and over how many positions the last is known
@@ -55,12 +57,13 @@ class KIMetrics:
 
 @dataclass(frozen=True)
 class Step:
-    """What both forms of the loss need: the teacher's parts, the batch's positions, α and the settings."""
+    """What both forms of the loss need: the teacher's parts, the batch's positions, α, the settings and the guard."""
 
     parts: list[Part]
     positions: Positions
     alpha: float
     ki: KIConfig
+    guard: Guard
 
 
 def linear_step(
@@ -80,11 +83,11 @@ def linear_step(
         student = access.projection(hidden).rows(step.positions.flat)
         for part in step.parts:
             rows = slice(None) if part.rows is None else part.rows
-            of_part = linear_ki_sums(
-                student.rows(rows), labels[rows], part.predictions, step.alpha, step.ki.temperature, step.ki.gate
-            )
+            settings = (step.alpha, step.ki.temperature, step.ki.gate)
+            of_part = linear_ki_sums(student.rows(rows), labels[rows], part.predictions, *settings, numbers_only=True)
+            listen(step.guard, part.teacher, of_part.no_numbers)
             losses.append(of_part.loss)
-            known = torch.stack(of_part[3:]) if part.teacher_ce is None else part.teacher_ce
+            known = torch.stack(of_part[3:5]) if part.teacher_ce is None else part.teacher_ce
             sums.append(torch.stack([of_part.ce, of_part.kd, *known]))
         loss = torch.stack(losses).sum() * weight
         losses[:] = [loss.detach()]
@@ -120,16 +123,20 @@ def held_out_ce(access: HeadAccess, model: nn.Module, inputs: dict[str, Any], po
     return torch.cat([positions.labels.new_zeros(0, dtype=torch.float32), *ce])
 
 
-def plain_step(step: Step, ce: Tensor, outputs: Any, weight: float | Tensor) -> tuple[Tensor, Sums]:
-    """The loss and `KIMetrics`' sums from the trainer's own loss and the student's logits."""
+def plain_step(
+    step: Step, ce: Tensor, outputs: Any, weight: float | Tensor, task: Task, behind_is_plain: Callable[[], bool]
+) -> tuple[Tensor, Sums]:
+    """The loss and `KIMetrics`' sums from the trainer's own loss and the student's logits.
+
+    `behind_is_plain` measures whether the loss of the trainer behind the mixin is the plain cross-entropy.
+    """
     if step.ki.gate:
         valid = "a model whose loss is the plain cross-entropy, with access to its head (the log says what is missing)"
         raise GrowError("KIConfig(gate=True)", "the loss of this student is not known position by position", valid)
-    logits = logits_of(outputs, step.positions)
+    logits = logits_of(outputs, step.positions, task)
     _refuse_auxiliary_loss(outputs)
     if not logits.requires_grad:
-        wrong = "the student's logits carry no gradient: the trainer behind the mixin computes its loss without them"
-        raise GrowError(ASKED, wrong, "loss_is_plain = True in your class, if that loss is the plain cross-entropy")
+        raise _no_gradient(behind_is_plain())
     labels = step.positions.labels
     student = at_least_float32(logits[step.positions.flat.to(logits.device)])
     kd = ce.new_zeros((), dtype=student.dtype)
@@ -137,19 +144,34 @@ def plain_step(step: Step, ce: Tensor, outputs: Any, weight: float | Tensor) -> 
     for part in step.parts:
         rows = slice(None) if part.rows is None else part.rows
         targets = part.predictions.targets(step.ki.temperature, logits.device).over(student.shape[-1])
-        kd = kd + kl_per_position(student[rows], targets).sum()
+        no_numbers = targets.no_numbers
+        listen(step.guard, part.teacher, no_numbers.any())
+        kd_n = torch.where(no_numbers, 0, kl_per_position(student[rows], targets.without(no_numbers)))
+        shares = step.positions.shares
+        kd = kd + (kd_n if shares is None else kd_n * shares[rows]).sum()
         known = known + (teacher_ce(targets, labels[rows]) if part.teacher_ce is None else part.teacher_ce)
     # The mean over no position is NaN; its gradient is 0, as the KL's.
     ce_sum = ce / weight if step.positions.count else torch.zeros_like(ce)
     return mix(ce, kd * weight, step.alpha), (ce_sum, kd, known[0], known[1])
 
 
-def logits_of(outputs: Any, positions: Positions) -> Tensor:
+def _no_gradient(behind_is_plain: bool) -> GrowError:
+    """What to raise where the trainer's loss gives no logits that a teacher could teach."""
+    wrong = "the student's logits carry no gradient: the trainer behind the mixin computes its loss without them"
+    if behind_is_plain:
+        return GrowError(ASKED, wrong, "loss_is_plain = True in your class: it is the plain cross-entropy here")
+    wrong += ", and it is not the plain cross-entropy"
+    valid = "a loss that is (no loss_type='dft', label smoothing or compute_loss_func), or one that returns its logits"
+    return GrowError(ASKED, wrong, valid)
+
+
+def logits_of(outputs: Any, positions: Positions, task: Task) -> Tensor:
     """The student's logits, [B · L, V]; raises GrowError where there is not one row per label."""
-    if not isinstance(outputs, dict) or outputs.get("logits") is None:
+    whole = logits_in(outputs, task)
+    if whole is None:
         valid = "return_dict=True and a loss that keeps the logits (no fused, chunked or Liger loss)"
         raise GrowError(ASKED, "the student returned no logits beside its loss", valid)
-    logits, count = outputs["logits"].flatten(0, -2), positions.mask.numel()
+    logits, count = whole.flatten(0, -2), positions.mask.numel()
     if len(logits) != count:
         wrong = f"the student's logits are at {len(logits)} positions and the labels at {count}"
         raise GrowError(ASKED, wrong, "logits aligned with the labels: no virtual tokens in front (prompt tuning)")

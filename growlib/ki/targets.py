@@ -145,6 +145,26 @@ class Targets:
         return self.to(device).at(temperature)
 
     @property
+    def no_numbers(self) -> Tensor:
+        """[N], whether a position's probabilities are NaN, or infinite; -inf as the log of none is a number."""
+        if self.ids is None:
+            return self.logprobs[:, 0].isnan()  # log_softmax spreads a NaN or an inf over its whole row
+        bad = self.logprobs.isnan().any(1)
+        for part in (self.tail, self.entropy):
+            if part is not None:
+                bad = bad | part.isnan() | (part == torch.inf)
+        return bad
+
+    def without(self, left_out: Tensor) -> "Targets":
+        """Some positions, [N], with other numbers, which mean nothing but are finite in any KL's gradient."""
+        return replace(
+            self,
+            logprobs=self.logprobs.masked_fill(left_out[:, None], 0.0),
+            tail=None if self.tail is None else self.tail.masked_fill(left_out, -torch.inf),
+            entropy=None if self.entropy is None else self.entropy.masked_fill(left_out, 0.0),
+        )
+
+    @property
     def kl_terms(self) -> KLTerms:
         """The terms of a KL from sparse targets, by their treatment."""
         return TREATMENTS[self.treatment].terms(self.logprobs, self.tail, self.entropy)

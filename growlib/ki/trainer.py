@@ -2,20 +2,23 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils import is_torch_xla_available
 
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
-from growlib.ki.loss_form import LossForm, find_loss_form, without_labels
+from growlib.ki.guard import Finding, Guard
+from growlib.ki.loss_form import LossForm, find_loss_form, is_plain, without_labels
 from growlib.ki.providers import DOMAIN, TeacherProvider, WithDomain, load_provider
 from growlib.ki.step import ASKED, KIMetrics, Step, held_out_ce, linear_step, logits_of, plain_step
 from growlib.ki.stop import StopWhenPassed
-from growlib.ki.tasks import Positions, task_of
+from growlib.ki.tasks import WITHOUT_HEAD, Positions, Task, outcomes, task_of
 
 if TYPE_CHECKING:  # a mixin's super() calls are typed by the class that it is mixed into
     _Base = Trainer
@@ -53,7 +56,7 @@ class KIMixin(_Base):
             raise GrowError(f"ki={type(ki).__name__} object", "it is not a KIConfig", "a growlib.KIConfig, or None")
         super().__init__(*args, **kwargs)
         self.ki = ki
-        self._ki_metrics = KIMetrics()
+        self._ki_metrics, self._ki_guard = KIMetrics(), Guard()
         self._ki_provider: TeacherProvider | None = None
         self._ki_loss_form: LossForm | None = None
         self._ki_stop = StopWhenPassed()
@@ -64,6 +67,7 @@ class KIMixin(_Base):
             if ki.stop_at == "auto":
                 self._ki_stop.check(self._ki_provider, self)
             self.add_callback(_EpochOfData(self))
+            self.add_callback(_ReadsGuard(self))
             if ki.domain is not None:
                 assert isinstance(ki.teacher, Mapping)
                 self.data_collator = WithDomain(self.data_collator, ki.domain, tuple(ki.teacher))
@@ -84,16 +88,18 @@ class KIMixin(_Base):
         alpha = self._ki_alpha(self.ki)
         self._ki_metrics.alpha = alpha
         if alpha == 0:
+            self._ki_give_back()
             self._ki_provider = None
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         if self._ki_provider is None:  # an earlier train() of this trainer let it go
             self._ki_provider = self._ki_load_provider(self.ki)
+        self._ki_guard.step = self.state.global_step + 1
         form = self._ki_form(model, inputs)
-        positions = Positions.of(inputs, self._ki_task, form.shifts)
+        positions = self._ki_positions(inputs, form.shifts)
         with self.accelerator.autocast():
             parts = self._ki_provider.parts(batch, positions)
-        step = Step(parts, positions, alpha, self.ki)
+        step = Step(parts, positions, alpha, self.ki, self._ki_guard)
         divides = num_items_in_batch is not None and form.divides
         denominator: Any = num_items_in_batch if divides else max(positions.count, 1)
         # Of one position; of none, a micro-batch may be the whole denominator, which is then 0.
@@ -103,7 +109,9 @@ class KIMixin(_Base):
             loss, sums = linear_step(step, form.access, model, unlabelled, weight)
         else:
             ce, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            loss, sums = plain_step(step, ce, outputs, weight)
+            loss, sums = plain_step(
+                step, ce, outputs, weight, self._ki_task, lambda: is_plain(model, *self._ki_behind(inputs))
+            )
         self._ki_metrics.add(*sums, positions.count)
         return (loss, outputs) if return_outputs else loss
 
@@ -114,6 +122,7 @@ class KIMixin(_Base):
             return super().evaluate(eval_dataset, *args, **kwargs)
         with self._ki_stop.measuring():
             metrics = super().evaluate(None, *args, **kwargs)
+        self._ki_guard.check()
         self.log(self._ki_stop.compare(self))
         return metrics
 
@@ -125,8 +134,18 @@ class KIMixin(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer.train`, whose `model_init` makes a new student."""
-        self._ki_loss_form = None
-        return super().train(*args, **kwargs)
+        self._ki_loss_form, self._ki_guard.step = None, 0
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._ki_give_back()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in `Trainer.training_step`; what the guard found is raised here, before the optimizer moves."""
+        loss = super().training_step(*args, **kwargs)
+        if self.args.logging_nan_inf_filter and not is_torch_xla_available():  # the Trainer reads the loss now, too
+            self._ki_guard.check()
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the `ki/` values to the training logs, which are those that hold `loss`."""
@@ -139,18 +158,33 @@ class KIMixin(_Base):
             return 0.0
         return ki.alpha_at(self.state.global_step / max(self.state.max_steps, 1))
 
+    def _ki_positions(self, inputs: dict[str, Any], shifts: bool = True) -> Positions:
+        """The batch's positions; GrowError where a label is none of the student's."""
+        positions = Positions.of(inputs, self._ki_task, shifts)
+        wrong = f"the batch has labels that are none of its {self._ki_outcomes}"
+        finding = Finding("the student", wrong, f"0 to {self._ki_outcomes - 1}, or -100 where there is no label")
+        return replace(positions, labels=self._ki_guard.within(positions.labels, self._ki_outcomes, finding))
+
     def _ki_form(self, model: nn.Module, inputs: dict[str, Any]) -> LossForm:
         """How the loss of the trainer behind the mixin is computed, found on the first batch."""
         if self._ki_loss_form is None:
-            behind: Any = super().compute_loss
-            scale = _loss_scale(self, 1)
-
-            def loss_behind(bare: nn.Module, batch: dict[str, Any], items: Tensor) -> Any:
-                return behind(bare, batch, False, items) / scale
-
-            student, needs_logits = _bare_student(self), self._ki_needs_logits()
-            self._ki_loss_form = find_loss_form(model, student, inputs, self._ki_task, loss_behind, needs_logits)
+            student = _bare_student(self)
+            head = None if self._ki_task in WITHOUT_HEAD else student.get_output_embeddings()
+            self._ki_outcomes = max(outcomes(student), getattr(head, "out_features", 0))
+            self._ki_positions(inputs)
+            self._ki_guard.check()
+            self._ki_loss_form = find_loss_form(model, *self._ki_behind(inputs), self._ki_needs_logits())
         return self._ki_loss_form
+
+    def _ki_behind(self, inputs: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any], Task, Any]:
+        """The student, a batch, its task, and the loss of the trainer behind the mixin, of one process."""
+        behind: Any = super().compute_loss
+        scale = _loss_scale(self, 1)
+
+        def loss_behind(bare: nn.Module, batch: dict[str, Any], items: Tensor) -> Any:
+            return behind(bare, batch, False, items) / scale
+
+        return _bare_student(self), inputs, self._ki_task, loss_behind
 
     def _ki_needs_logits(self) -> str | None:
         """Why the loss needs whole logits, as far as the trainer's own settings say."""
@@ -165,7 +199,11 @@ class KIMixin(_Base):
 
     def _ki_load_provider(self, ki: KIConfig) -> TeacherProvider:
         with _outside_zero3(self):
-            return load_provider(ki, _bare_student(self), _tokenizer_of(self), self.args.device)
+            return load_provider(ki, _bare_student(self), _tokenizer_of(self), self.args.device, self._ki_guard)
+
+    def _ki_give_back(self) -> None:
+        if self._ki_provider is not None:
+            self._ki_provider.give_back()
 
     def _ki_measure(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Add a held-out batch to the comparison of student and teacher."""
@@ -176,7 +214,7 @@ class KIMixin(_Base):
             ce = held_out_ce(form.access, model, unlabelled, positions)
         else:
             _, outputs = super().compute_loss(model, dict(inputs), True)
-            logits = logits_of(outputs, positions).float()[positions.flat]
+            logits = logits_of(outputs, positions, self._ki_task).float()[positions.flat]
             ce = F.cross_entropy(logits, positions.labels, reduction="none")
         assert self._ki_provider is not None
         assert self._ki_provider.held_out is not None  # checked when the trainer was made
@@ -248,6 +286,17 @@ def _outside_zero3(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(deepspeed)
+
+
+class _ReadsGuard(TrainerCallback):
+    """Raises what the guard found where something is logged, evaluated or saved: there the host reads anyway."""
+
+    def __init__(self, trainer: KIMixin) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.trainer._ki_guard.check()
 
 
 class _EpochOfData(TrainerCallback):

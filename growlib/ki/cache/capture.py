@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 import os
+from contextlib import ExitStack
 from itertools import chain, islice
 from numbers import Real
 from pathlib import Path
@@ -21,8 +22,9 @@ from growlib.ki.cache.data import Examples
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.cache.recorder import Recorder
 from growlib.ki.cache.records import RecordFormat
-from growlib.ki.tasks import outcomes
-from growlib.ki.teacher import Teacher, load_teacher, tokenizer_at
+from growlib.ki.sources import load_teacher, model_in, name_of, short, tokenizer_at
+from growlib.ki.tasks import outcomes, task_of
+from growlib.ki.teacher import Teacher, place
 
 
 def cache_teacher(
@@ -64,13 +66,14 @@ def cache_teacher(
         held_out: a dataset on which the teacher's CE is measured, for `KIConfig(stop_at="auto")`.
         batch_size: examples per forward pass.
         shard_examples: examples per file; at most one file's work is lost.
-        task: "causal", "masked" or "seq2seq", of a teacher that is given by its folder; None: what its config names.
-        dtype: what the teacher is cast to.
+        task: such as "causal", "masked" or "seq2seq", of a teacher that is given by its folder; None: what its config
+            names.
+        dtype: what a teacher that is given by its folder is loaded in.
 
     Raises:
         GrowError: the dataset can be read only once or changes from one reading to the next; a setting is out of range;
-            the teacher's logits are NaN, or depend on the examples before in a packed row; or the folder holds another
-            cache or cannot be written to.
+            the teacher cannot read it, its logits are no numbers, or depend on the examples before in a packed row; or
+            the folder holds another cache, is written to by another call, or cannot be written to.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())  # the processes of accelerate or torchrun
     batch_size = _whole("batch_size", batch_size, 1)
@@ -78,34 +81,45 @@ def cache_teacher(
     seed = _whole("seed", seed, -(1 << 63), (1 << 63) - 1)
     if not isinstance(temperature, Real):
         raise GrowError(f"cache_teacher(temperature={temperature!r})", "it is not a number", "such as 1.0")
+    folder = _folder(path)
+    shards.check_place(folder)
     examples = Examples(dataset, "dataset")
     held_out = None if held_out is None else Examples(held_out, "held_out")
-    model = placed(teacher, task, dtype)
+    model, lent = placed(teacher, task, dtype)
     if tokenizer is None:
         tokenizer = tokenizer_at(model.name_or_path or "")
     vocab = outcomes(model) if vocab is None else _whole("vocab", vocab, 1, outcomes(model))
     record_format = RecordFormat(vocab, _whole("top_k", top_k, 0), _whole("samples", samples, 0), float(temperature))
-    recorder = Recorder(Teacher(model, vocab), data_collator, batch_size, record_format, seed)
-    header = shards.Header(
-        format=shards.FORMAT,
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        teacher=shards.weights_hash(model),
-        tokenizer=None if tokenizer is None else shards.tokenizer_hash(tokenizer),
-        task=recorder.batches.task,
-        **dataclasses.asdict(record_format),
-        seed=seed,
-        examples=len(examples),
-        dataset=recorder.batches.dataset_hash(examples),
-        shard_examples=shard_examples,
-        batch_size=batch_size,
-        held_out_ce=None if held_out is None else recorder.mean_ce(held_out),
-    )
-    folder = Path(os.path.expanduser(path))
-    refusal = broadcast_object_list([_begin(folder, header) if state.is_main_process else None])[0]
-    if refusal is not None:  # in every process
-        raise refusal
-    _fill(folder, header, recorder, examples, state)
+    reader = Teacher(model, vocab, device=state.device, lent=lent)
+    try:
+        recorder = Recorder(reader, data_collator, batch_size, record_format, seed)
+        glance = recorder.batches.glance(examples)
+        recorder.read(glance.longest)
+        header = shards.Header(
+            format=shards.FORMAT,
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            teacher=shards.weights_hash(model),
+            tokenizer=None if tokenizer is None else shards.tokenizer_hash(tokenizer),
+            task=recorder.batches.task,
+            **dataclasses.asdict(record_format),
+            seed=seed,
+            examples=len(examples),
+            dataset=glance.hash,
+            shard_examples=shard_examples,
+            batch_size=batch_size,
+            held_out_ce=None if held_out is None else recorder.mean_ce(held_out),
+        )
+        _write(folder, header, glance.positions, recorder, examples, state)
+    finally:
+        reader.give_back()
     return TeacherCache(folder)
+
+
+def _folder(path: Any) -> Path:
+    text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else "\0"
+    if "\0" in text:
+        raise GrowError(f"caching a teacher in {short(path)}", "it is no path", "a folder")
+    return Path(os.path.expanduser(text))
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -120,12 +134,27 @@ def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     return number
 
 
-def placed(teacher: Any, task: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A teacher on this process's device, unless it has a device map of its own."""
-    model: Any = load_teacher(teacher, task, dtype)
-    if getattr(model, "hf_device_map", None) is None:
-        model.to(device=PartialState().device, dtype=dtype)
-    return model
+def placed(teacher: Any, task: str | None, dtype: torch.dtype | None) -> tuple[PreTrainedModel, bool]:
+    """A teacher, and whether it is somebody's; one that was loaded is on this process's device."""
+    model, lent = load_teacher(teacher, task, dtype), model_in(teacher) is not None
+    if task_of(model) == "question-answering":
+        wrong = "its outcomes are the positions of each row, and a cache is of a fixed number of them"
+        raise GrowError(f"caching the teacher {name_of(model)}", wrong, "the teacher itself in KIConfig")
+    if not lent:
+        place(model, PartialState().device)
+    return model, lent
+
+
+def _write(
+    folder: Path, header: shards.Header, positions: float, recorder: Recorder, dataset: Examples, state: PartialState
+) -> None:
+    """Write all files that are missing; GrowError, in every process, where the main one cannot begin."""
+    with ExitStack() as stack:
+        begun = _begin(folder, header, positions, stack) if state.is_main_process else None
+        refusal = broadcast_object_list([begun])[0]
+        if refusal is not None:
+            raise refusal
+        _fill(folder, header, recorder, dataset, state)
 
 
 def _fill(folder: Path, header: shards.Header, recorder: Recorder, dataset: Examples, state: PartialState) -> None:
@@ -142,10 +171,15 @@ def _fill(folder: Path, header: shards.Header, recorder: Recorder, dataset: Exam
     state.wait_for_everyone()
 
 
-def _begin(folder: Path, header: shards.Header) -> GrowError | None:
-    """Write the header, or read the one of an interrupted call. Returns an error where this call cannot continue it."""
+def _begin(folder: Path, header: shards.Header, positions: float, stack: ExitStack) -> GrowError | None:
+    """Write the header, or read the one of an interrupted call. Returns an error where this call cannot continue it.
+
+    Until `stack` ends, no other call does. `positions` is how many an example has on average.
+    """
     asked, valid = f"caching a teacher in {str(folder)!r}", "a new folder, or that of an interrupted call"
     try:
+        if folder.is_dir():
+            stack.enter_context(shards.alone(folder))
         abandoned = [*folder.glob(".header.json-*"), *folder.glob(".shard-*")]
         begun = shards.read_header(folder) if is_cache(folder) else None
         difference = begun and begun.difference(header)
@@ -153,9 +187,14 @@ def _begin(folder: Path, header: shards.Header) -> GrowError | None:
             return GrowError(asked, f"another cache was begun there; this call has {difference}", valid)
         if begun is None and folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {*abandoned}):
             return GrowError(asked, "the folder holds other files", valid)
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(shards.alone(folder))
         for path in abandoned:
             path.unlink(missing_ok=True)
+        missing = sum(not shards.shard_path(folder, number).exists() for number in range(header.shards))
+        examples = min(missing * header.shard_examples, header.examples)
+        shards.check_room(folder, examples * positions * header.record_format.bytes_per_position)
         if begun is None or difference:
             shards.write_header(folder, header)
     except GrowError as error:

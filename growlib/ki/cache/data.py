@@ -1,6 +1,5 @@
 """Examples: of any dataset that the Trainer takes, and from files, for the command line and its cache's training."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -14,6 +13,8 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from growlib.errors import GrowError
+from growlib.ki.cache.rows import lines
+from growlib.ki.sources import first_line
 from growlib.ki.tasks import IGNORE_INDEX
 
 PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0, "token_type_ids": 0, "position_ids": 0}
@@ -103,31 +104,42 @@ def read_examples(
     """A dataset of a file or folder, the same each time; raises GrowError where there is none.
 
     Args:
-        path: a .npy array of token ids [E, L]; a .jsonl file, an example per line, whose `labels` are its `input_ids`
-            where it has none; a file or folder of UTF-8 text, whose files are encoded in the order of their names,
-            joined with the end-of-text token and cut into blocks of `length`.
+        path: a .npy array of token ids [E, L]; a .jsonl file, an example per line; or a file or folder of UTF-8 text,
+            whose files are encoded in the order of their names, joined with the end-of-text token and cut into blocks
+            of `length`. A line has `input_ids`, and perhaps `labels`, which otherwise are its `input_ids`; or a
+            `text`; or `messages`, a conversation for the tokenizer's chat template. Longer ones are cut into parts of
+            `length`.
         tokenizer: for text.
     """
-    path = Path(path)
-    asked = f"reading examples from {str(path)!r}"
-    if not path.exists():
-        raise GrowError(asked, "there is no such file or folder", "a .npy or .jsonl file, or text")
-    kind = path.suffix if path.is_file() else ""
-    if kind == ".npy":
-        return Blocks(_token_ids(asked, path))
-    if kind == ".jsonl":
-        return _lines(asked, path)
-    if length < 2:
-        raise GrowError(asked, f"a block of length={length} has no token to predict", "2 or more tokens")
+    try:
+        path = Path(os.path.expanduser(path))
+        asked = f"reading examples from {str(path)!r}"
+        is_file, is_folder, exists = path.is_file(), path.is_dir(), path.exists()
+    except (OSError, ValueError, TypeError) as error:
+        raise GrowError("reading examples", f"the path cannot be used ({error})", "a file or folder") from error
+    if not (is_file or is_folder):
+        wrong = "it is a pipe, a device or a socket" if exists else "there is no such file or folder"
+        raise GrowError(asked, wrong, "a .npy or .jsonl file, or text, that can be read again and again")
+    if not isinstance(length, int) or length < 2:
+        raise GrowError(asked, f"a block of length={length!r} has no token to predict", "2 or more tokens")
+    kind = path.suffix if is_file else ""
+    try:
+        if kind == ".npy":
+            return Blocks(_token_ids(asked, path))
+        return lines(asked, path, tokenizer, length) if kind == ".jsonl" else _blocks(asked, path, tokenizer, length)
+    except UnicodeDecodeError as error:
+        raise GrowError(asked, f"it is not UTF-8 text ({error})", "text files only") from error
+    except OSError as error:
+        raise GrowError(asked, f"it cannot be read ({error})", "files that can be read") from error
+
+
+def _blocks(asked: str, path: Path, tokenizer: PreTrainedTokenizerBase | None, length: int) -> Blocks:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if tokenizer is None or tokenizer.eos_token_id is None:
         raise GrowError(asked, "text needs a tokenizer with an end-of-text token", "one beside the teacher; or .npy")
     ids_N: list[int] = []
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise GrowError(asked, f"{file} is not UTF-8 text", "text files only") from error
+        text = file.read_text(encoding="utf-8")
         ids_N += [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     if len(ids_N) < length:
         raise GrowError(asked, f"its {len(ids_N)} tokens do not fill a block of {length}", "a longer text")
@@ -138,33 +150,9 @@ def _token_ids(asked: str, path: Path) -> np.ndarray:
     valid = "a .npy file of integer token ids [examples, length]"
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise GrowError(asked, f"it is not an array of numbers ({error})", valid) from error
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
-        raise GrowError(asked, f"it is {ids.dtype} of shape {ids.shape}", valid)
+    except Exception as error:  # numpy parses the header of the file
+        raise GrowError(asked, f"it is not an array of numbers ({first_line(error)})", valid) from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
+        what = f"{ids.dtype} of shape {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+        raise GrowError(asked, f"it is {what}", valid)
     return ids
-
-
-def _lines(asked: str, path: Path) -> list[dict[str, Any]]:
-    examples = []
-    try:
-        with path.open(encoding="utf-8") as file:  # whose lines, unlike splitlines', do not end at U+2028
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    examples.append(_line(f"{asked}, line {number}", line))
-    except UnicodeDecodeError as error:
-        raise GrowError(asked, f"it is not UTF-8 text ({error})", "an example per line") from error
-    if not examples:
-        raise GrowError(asked, "it is empty", "an example per line")
-    return examples
-
-
-def _line(asked: str, line: str) -> dict[str, Any]:
-    try:
-        example = json.loads(line)
-        ids = np.array(example["input_ids"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise GrowError(asked, f"it is not an example ({error!r})", 'such as {"input_ids": [5, 3, 8]}') from error
-    if ids.ndim != 1 or ids.dtype.kind != "i" or not (ids.min() >= 0 and ids.max() < 1 << 31):
-        raise GrowError(asked, "its input_ids are not token ids", 'such as {"input_ids": [5, 3, 8]}')
-    return {"labels": example["input_ids"], **example}

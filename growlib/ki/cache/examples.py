@@ -46,7 +46,9 @@ def examples_of(batch: dict[str, Any], task: Task, positions: Positions) -> list
     ids, labels = _array(batch["input_ids"]), _array(positions.aligned)
     given = batch.get("attention_mask")
     mask = np.ones(ids.shape, bool) if given is None or given.ndim != 2 else _array(given).astype(bool)
-    if task == "seq2seq":
+    if task == "sequence-classification":
+        examples = list(_rows(ids, mask, labels))
+    elif task == "seq2seq":
         decoder = batch.get("decoder_input_ids")
         examples = list(_pairs(ids, mask, labels, None if decoder is None else _array(decoder)))
     else:
@@ -72,6 +74,12 @@ def _segments(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, places: np.
             starts = sorted({0, *np.flatnonzero(at == 0).tolist()})
         for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
             yield _example(row, real[start:stop], tokens[start:stop], of_row[start:stop])
+
+
+def _rows(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray) -> Iterator[Example]:
+    for row in range(len(ids)):
+        real = np.flatnonzero(mask[row])
+        yield _example(row, real, ids[row][real], labels[row : row + 1])
 
 
 def _pairs(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, decoder: np.ndarray | None) -> Iterator[Example]:

@@ -37,6 +37,9 @@ class TeacherCache:
         self._order = np.lexsort(np.ascontiguousarray(digests).view("<u8").T)
         self._digests = np.ascontiguousarray(digests[self._order]).view("<u8")
         self._first = np.cumsum([0, *(len(shard.digests) for shard in self.shards)])
+        if self._first[-1] < len(self):  # a packed row is several
+            wrong = f"its shards hold {self._first[-1]} examples, and its header names {len(self)}"
+            raise GrowError(self._asked, wrong, "a folder as growlib.cache_teacher wrote it")
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -80,7 +83,7 @@ class TeacherCache:
         places = self.find(examples_of(batch, self.header.task, positions))
         ce = [(self.shards[shard].teacher_ce[number], self.shards[shard].known[number]) for shard, number in places]
         ce_2 = torch.tensor(ce, dtype=torch.float32).view(-1, 2).sum(0)
-        return self.header.record_format.decode(self.records(places)), ce_2
+        return self.header.record_format.decode(self.records(places), self._asked), ce_2
 
     def records(self, places: list[tuple[int, int]]) -> np.ndarray:
         """The records of the examples at these places, [N, R]."""

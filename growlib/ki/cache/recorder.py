@@ -46,6 +46,10 @@ class Recorder:
             part = slice(start, start + chunk)
             yield part, predictions.rows(part).logits().float(), labels[part]
 
+    def read(self, batch: Batch) -> None:
+        """Raise GrowError where the teacher cannot read a batch."""
+        self.teacher.predict(batch.inputs, batch.positions)
+
     def stored(self, examples: Iterable[dict], first: int) -> list[StoredExample]:
         """What a shard holds of these examples, the first of which has the number `first`."""
         stored = []
@@ -57,7 +61,8 @@ class Recorder:
             if np.isnan(ce).any():
                 number = first + int(positions.mask.nonzero()[int(np.isnan(ce).argmax()), 0])
                 raise _no_numbers(f"example {number}")
-            known = (positions.labels < self.format.vocab).cpu().numpy()
+            known = (positions.labels < self.format.vocab).cpu().numpy() & np.isfinite(ce)
+            ce = np.where(known, ce, np.float32(0))
             start = 0
             for example in parts:
                 part = slice(start, start := start + example.counted)
@@ -68,7 +73,10 @@ class Recorder:
 
     @torch.no_grad()
     def records(self, batch: Batch, keys: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Records [N, R] and the teacher's CE [N] of a batch, NaN where the teacher's logits are no numbers."""
+        """Records [N, R] and the teacher's CE [N] of a batch.
+
+        The CE is NaN where what the teacher says is no numbers, inf where it excludes the label.
+        """
         records, ce = [np.empty((0, self.format.bytes_per_position), np.uint8)], [np.empty(0, np.float32)]
         top_k, samples, tau = self.format.top_k, self.format.samples, self.format.temperature
         for part, logits, labels in self.chunks(batch):
@@ -79,7 +87,7 @@ class Recorder:
                 targets = Targets.top_k(logits, top_k, temperature=tau)
             with np.errstate(invalid="ignore"):  # of NaN, which `stored` refuses
                 records.append(self.format.encode(targets))
-            ce.append(_ce(logits, labels).cpu().numpy())
+            ce.append(_ce(logits, labels).masked_fill(targets.no_numbers, torch.nan).cpu().numpy())
         return np.concatenate(records), np.concatenate(ce)
 
     @torch.no_grad()
@@ -88,8 +96,10 @@ class Recorder:
         total, known = 0.0, 0
         for chosen in dataset.batches(self.batches.size):
             for _, logits, labels in self.chunks(self.batches.batch(chosen)):
-                total += float(_ce(logits, labels).sum())
-                known += int((labels < logits.shape[1]).sum())
+                ce = _ce(logits, labels)
+                excluded = ce == torch.inf
+                total += float(ce.masked_fill(excluded, 0.0).sum())
+                known += int(((labels < logits.shape[1]) & ~excluded).sum())
         if math.isnan(total):
             raise _no_numbers(f"the {dataset.name} dataset")
         return total / max(known, 1)
@@ -119,11 +129,15 @@ class Recorder:
 
 
 def _ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """The CE at each position, [N]; 0 where the label is not among the teacher's token ids; NaN where a logit is."""
+    """The CE at each position, [N]; 0 where the label is not among the teacher's token ids.
+
+    NaN where the logits are no numbers, inf where the label's is -inf.
+    """
     known = labels < logits.shape[1]
-    return F.cross_entropy(logits, torch.where(known, labels, logits.argmax(1)), reduction="none") * known
+    ce = F.cross_entropy(logits, torch.where(known, labels, logits.argmax(1)), reduction="none")
+    return torch.where(logits.logsumexp(1).isfinite(), torch.where(known, ce, 0.0), torch.nan)
 
 
 def _no_numbers(where: str) -> GrowError:
-    wrong = f"the teacher's logits on {where} are not numbers (NaN)"
+    wrong = f"the teacher's logits on {where} are not numbers (NaN or infinite)"
     return GrowError("cache_teacher", wrong, "a teacher whose weights are finite, in a dtype that does not overflow")

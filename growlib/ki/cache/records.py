@@ -87,8 +87,8 @@ class RecordFormat:
         ]
         return np.concatenate(raw, 1)
 
-    def decode(self, records: np.ndarray) -> Targets:
-        """Targets of N positions, from uint8 [N, R]."""
+    def decode(self, records: np.ndarray, asked: str = "reading a teacher's records") -> Targets:
+        """Targets of N positions, from uint8 [N, R]; GrowError where no finite teacher says what they hold."""
         ends = np.cumsum(self.widths)
         raw = [np.ascontiguousarray(part) for part in np.split(records, ends[:-1], axis=1)]
         positions = len(records)
@@ -105,8 +105,18 @@ class RecordFormat:
                 ids[:, self.top_k :] |= raw[2].astype(np.int64) << 16
             logprobs[:, self.top_k :] = tail[:, None] - np.float32(math.log(self.samples))
             entropy = torch.from_numpy(raw[4].view("<f2")[:, 0].astype(np.float32))
+        self._check(asked, exact, ids[:, self.top_k :], [tail] if entropy is None else [tail, entropy.numpy()])
         kept = (torch.from_numpy(logprobs), self.vocab, torch.from_numpy(ids), torch.from_numpy(tail), entropy)
         return Targets(*kept, "sampled" if self.samples else "bucket", self.temperature, self.samples)
+
+    def _check(self, asked: str, exact: np.ndarray, drawn: np.ndarray, numbers: list[np.ndarray]) -> None:
+        """Raise GrowError for what no finite teacher says; -inf is the log of an empty tail."""
+        most = [int(exact.max()) >> 32 - self.id_bits] if exact.size else []
+        most += [int(drawn.max())] if drawn.size else []
+        infinite = any(np.isnan(part).any() or (part == np.inf).any() for part in numbers)
+        if infinite or max(most, default=0) >= self.vocab:
+            wrong = "it holds probabilities that are no numbers, or token ids that the teacher has not"
+            raise GrowError(asked, wrong, "a cache of a teacher whose logits are finite, written again")
 
 
 def _half(values: torch.Tensor) -> np.ndarray:

@@ -9,15 +9,19 @@ Shapes: E examples of a shard, N their counted positions, R bytes of a record.
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
+import math
 import os
+import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryFile
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +31,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from growlib.errors import GrowError
+from growlib.folders import read_json
 from growlib.ki.cache.examples import DIGEST_BYTES
 from growlib.ki.cache.records import RecordFormat
-from growlib.ki.tasks import Task
+from growlib.ki.sources import short
+from growlib.ki.tasks import AUTO_CLASSES, Task
 
 FORMAT = 3
 HEADER = "header.json"
@@ -100,6 +106,42 @@ class Header:
         return None
 
 
+def _whole(least: int, most: int = 1 << 62) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_dtype(value: Any) -> bool:
+    return _text(value) and isinstance(dtype := getattr(torch, value, None), torch.dtype) and dtype.is_floating_point
+
+
+# What each field of a header is; None where that is allowed too.
+FIELDS: dict[str, tuple[Callable[[Any], bool], bool]] = {
+    "format": (_whole(FORMAT, FORMAT), False),
+    "dtype": (_is_dtype, True),
+    "teacher": (_text, False),
+    "tokenizer": (_text, True),
+    "task": (lambda value: _text(value) and value in AUTO_CLASSES, False),
+    "vocab": (_whole(1), False),
+    "top_k": (_whole(0), False),
+    "samples": (_whole(0), False),
+    "temperature": (_finite, False),
+    "seed": (_whole(-(1 << 63), (1 << 63) - 1), False),
+    "examples": (_whole(1), False),
+    "dataset": (_text, False),
+    "shard_examples": (_whole(1), False),
+    "batch_size": (_whole(1), False),
+    "held_out_ce": (_finite, True),
+}
+
+
 def shard_path(folder: Path, number: int) -> Path:
     """The file of a shard."""
     return folder / f"shard-{number:05d}.safetensors"
@@ -111,12 +153,57 @@ def not_written(folder: Path, error: Exception) -> GrowError:
     return GrowError(f"caching a teacher in {str(folder)!r}", f"a file cannot be written ({error})", valid)
 
 
+def check_place(folder: Path) -> None:
+    """Raise GrowError where no cache can be written, before any work: it is no folder, or cannot be written to."""
+    asked, valid = f"caching a teacher in {str(folder)!r}", "a new folder, or that of an interrupted call"
+    try:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise GrowError(asked, "it exists and is no folder", valid)
+        with suppress(FileNotFoundError):  # a name may be too long, or below a file
+            os.lstat(folder)
+        nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        with TemporaryFile(dir=nearest):  # rights alone do not tell: a file system may refuse
+            pass
+    except (OSError, ValueError) as error:  # such as a name that is too long
+        if isinstance(error, GrowError):
+            raise
+        raise GrowError(asked, f"it cannot be written to ({error})", valid) from error
+
+
+def check_room(folder: Path, needed: float) -> None:
+    """Raise GrowError where a disk has less room than a cache is going to take, which is estimated: within a tenth."""
+    free = shutil.disk_usage(folder).free
+    if free < 0.9 * needed:
+        wrong = f"it takes about {needed / 1e9:.3g} GB more, and {free / 1e9:.3g} GB of the disk are free"
+        raise GrowError(f"caching a teacher in {str(folder)!r}", wrong, "more room, or a smaller top_k and samples")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While this lasts, no other call writes to a folder; GrowError for the second. A lock ends with its process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            valid = "another folder, or the same call when the other one has ended"
+            raise GrowError(f"caching a teacher in {str(folder)!r}", "another call writes to it now", valid) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
     """A path for a file's content, which is renamed when it is whole: no part of it is seen, even after a power cut."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask says, whatever writes the content
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -138,18 +225,18 @@ def read_header(folder: Path) -> Header:
     """Read header.json; raises GrowError where it is not there, damaged, or of another format."""
     asked = f"reading the teacher's cache {str(folder)!r}"
     valid = "a folder that growlib.cache_teacher wrote"
-    try:
-        fields = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GrowError(asked, f"its {HEADER} cannot be read ({error})", valid) from error
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+    fields = read_json(asked, folder / HEADER)
+    if fields.get("format") != FORMAT:
         wrong = f"{HEADER} is not of format {FORMAT}, the only one that this version of growlib reads"
         raise GrowError(asked, wrong, f"{valid} in this version; write the cache again, into a new folder")
     key = fields.pop("key", None)
-    try:
-        header = Header(**fields)
-    except TypeError as error:
-        raise GrowError(asked, f"{HEADER} is damaged ({error})", valid) from error
+    if odd := sorted(fields.keys() ^ FIELDS.keys()):
+        raise GrowError(asked, f"{HEADER} is damaged: its fields are others ({short(odd)})", valid)
+    for name, (fits, may_lack) in FIELDS.items():
+        if not (fits(fields[name]) or (may_lack and fields[name] is None)):
+            raise GrowError(asked, f"{HEADER} is damaged: {name} is {short(fields[name])}", valid)
+    header = Header(**fields)
+    header.record_format  # noqa: B018  raises GrowError for settings that no cache has
     if header.key != key:
         raise GrowError(asked, f"{HEADER} was changed: its own hash does not match", valid)
     return header
@@ -207,12 +294,17 @@ class Shard:
             raise GrowError(asked, f"{path.name} is damaged ({error})", valid) from error
         if (key, name) != (header.key, path.stem):
             raise GrowError(asked, f"{path.name} is of another cache, or another of its shards", valid)
+        if not all(x.ndim for x in arrays.values()):
+            raise GrowError(asked, f"{path.name} is damaged: a part of it is one number", valid)
         examples, positions = len(arrays["digests"]), len(arrays["records"])
         shapes = dict.fromkeys(INDEX, (examples,)) | {"digests": (examples, DIGEST_BYTES), "starts": (examples + 1,)}
         expected = {name: (INDEX[name], shape) for name, shape in shapes.items()}
         expected["records"] = ("u1", (positions, header.record_format.bytes_per_position))
         if {name: (x.dtype, x.shape) for name, x in arrays.items()} != expected or checksum != _checksum(arrays):
             raise GrowError(asked, f"{path.name} is damaged: its index does not match its checksum", valid)
+        starts = arrays["starts"]
+        if starts[0] != 0 or starts[-1] != positions or (np.diff(starts) < 0).any() or not examples:
+            raise GrowError(asked, f"{path.name} is damaged: its examples do not fill it", valid)
         self.digests, self.starts, self.checksums, self.teacher_ce, self.known = (arrays[name] for name in INDEX)
         self.records = arrays["records"]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from growlib.errors import GrowError
@@ -17,6 +18,7 @@ from growlib.ki.cache.examples import draw_keys
 from growlib.ki.cache.reader import TeacherCache
 from growlib.ki.cache.recorder import Recorder
 from growlib.ki.cache.shards import Header, weights_hash
+from growlib.ki.sources import model_in
 from growlib.ki.targets import Targets
 from growlib.ki.teacher import Teacher
 from growlib.ki.treatments import product
@@ -81,7 +83,7 @@ def verify_cache(
     result = CacheVerification(len(cache), cache.positions, header.record_format.bytes_per_position)
     cache.check_tokenizer(tokenizer)
     asked = f"verifying the teacher's cache {str(cache.path)!r}"
-    model = None if teacher is None else _teacher(asked, teacher, header)
+    reader = None if teacher is None else _teacher(asked, teacher, header)
     if dataset is None:
         return result
     given = Examples(dataset, "dataset")
@@ -89,30 +91,32 @@ def verify_cache(
         wrong = f"the dataset has {len(given)} examples and the cache {len(cache)}"
         raise GrowError(asked, wrong, "the dataset that was cached")
     recorder, batches = None, Batches(data_collator, header.batch_size, header.task)
-    if model is not None:
-        reader = Teacher(model, header.vocab)
+    if reader is not None:
         recorder = Recorder(reader, data_collator, header.batch_size, header.record_format, header.seed)
         batches = recorder.batches
     for chosen in given.batches(batches.size):
         cache.find(batches.batch(chosen).examples)
-    if batches.dataset_hash(given) != header.dataset:
+    if batches.glance(given).hash != header.dataset:
         raise GrowError(asked, "the examples of the dataset are in another order", "the dataset as it was cached")
-    sample_of = given.at(spread(len(given), sample))
-    return result if recorder is None else replace(result, **_compare(cache, recorder, sample_of))
+    if recorder is None:
+        return result
+    try:
+        return replace(result, **_compare(cache, recorder, given.at(spread(len(given), sample))))
+    finally:
+        recorder.teacher.give_back()
 
 
-def _teacher(asked: str, teacher: PreTrainedModel | str | os.PathLike[str], header: Header) -> PreTrainedModel:
+def _teacher(asked: str, teacher: PreTrainedModel | str | os.PathLike[str], header: Header) -> Teacher:
     """The teacher, loaded where it is a path."""
     dtype = None if header.dtype is None else getattr(torch, header.dtype)
-    if isinstance(teacher, PreTrainedModel):
-        if dtype not in (None, teacher.dtype):
-            wrong = f"the teacher is in {teacher.dtype}, and the cache was written in {dtype}"
-            raise GrowError(asked, wrong, f"a teacher in {dtype}, or its folder, which is loaded so")
-        dtype = None
+    given = model_in(teacher)
+    if given is not None and dtype not in (None, given.dtype):
+        wrong = f"the teacher is in {given.dtype}, and the cache was written in {dtype}"
+        raise GrowError(asked, wrong, f"a teacher in {dtype}, or its folder, which is loaded so")
     for task in (None, header.task):  # as its config names, or as `cache_teacher` may have been told
-        model = placed(teacher, task, dtype)
+        model, lent = placed(teacher, task, dtype)
         if weights_hash(model) == header.teacher:
-            return model
+            return Teacher(model, header.vocab, device=PartialState().device, lent=lent)
     raise GrowError(asked, "another teacher wrote it: the hash of the weights differs", "the teacher that wrote it")
 
 
