@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 from hypothesis import settings
+from tiny import tiny
 
 # Tiny models are fastest on one thread; examples that build a model may take as long as they need.
 torch.set_num_threads(1)
@@ -27,3 +28,10 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("miniature")
     assert ki_plus_growth.main(["--preset", "miniature", "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny llama on disk."""
+    tiny("llama").save_pretrained(tmp_path / "small")
+    return tmp_path / "small"

@@ -1,7 +1,10 @@
 """Tiny models of real transformers classes, with every parameter randomised."""
 
+import json
+
 import torch
 import transformers as T
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 SIZES = {
@@ -59,3 +62,16 @@ def randomise(model: PreTrainedModel, seed: int, scale: float = 0.3) -> PreTrain
 
 def token_ids(model: PreTrainedModel, length: int = 24) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (3, length), generator=torch.Generator().manual_seed(1))
+
+
+def edit(path, **fields):
+    """Change fields of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+# Any value of a JSON file
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
