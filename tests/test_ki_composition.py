@@ -22,6 +22,7 @@ from ki_tiny import (
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
+import growlib
 from growlib import GrowError, KIConfig, KIMixin
 from growlib.ki import ki_loss
 
@@ -185,3 +186,21 @@ def test_seq2seq_teacher_gets_the_decoder_inputs_of_the_labels(tmp_path):
     log = trainer.state.log_history[0]
     assert log["ki/kd"] == pytest.approx(0.0, abs=1e-6)
     assert log["ki/teacher_ce"] == pytest.approx(log["ki/ce"], rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("better", [False, True])
+def test_a_teacher_that_says_what_its_student_says_is_named(tmp_path, caplog, better, steps):
+    small = llama(0)
+    big = growlib.expand(small, {"hidden_size": 2 * small.config.hidden_size})
+    teacher = llama(1) if better else small
+    train(
+        tmp_path,
+        big,
+        KIConfig(teacher=teacher),
+        examples(8),
+        max_steps=steps,
+        logging_strategy="steps",
+        logging_steps=1,
+    )
+    assert caplog.text.count("This teacher adds nothing") == (not better)

@@ -3,6 +3,7 @@
 Shapes: B batch, L length, V tokens, N positions that count.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,10 @@ from growlib.ki.loss import at_least_float32, kl_per_position, mix
 from growlib.ki.providers import CHUNK, Part, listen
 from growlib.ki.tasks import Positions, Task, logits_in
 
+logger = logging.getLogger("growlib")
+
 ASKED = "Knowledge Inheritance"
+ECHO = 1e-3  # nats per position: a teacher so close to its student has nothing to teach it
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]  # CE, KL, the teacher's CE, and over how many positions the last is known
 
 
@@ -35,11 +39,14 @@ class KIMetrics:
     def __init__(self) -> None:
         self.alpha = 0.0
         self._sums: Tensor | None = None  # ce, kd, teacher_ce, positions, positions with a teacher_ce
+        self._first: Tensor | None = None  # the same of the first micro-batch
+        self._told = False
 
     @torch.no_grad()
     def add(self, ce: Tensor, kd: Tensor, teacher_ce: Tensor, known: Tensor, positions: int) -> None:
         """Add a micro-batch: sums over its positions, in nats; `teacher_ce` is over `known` of them."""
         sums = torch.stack([ce.detach(), kd.detach(), teacher_ce, known.new_tensor(positions), known]).float()
+        self._first = sums if self._first is None else self._first
         self._sums = sums if self._sums is None else self._sums + sums
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
@@ -52,7 +59,22 @@ class KIMetrics:
                 logs |= {"ki/ce": ce / positions, "ki/kd": kd / positions}
             if known:
                 logs["ki/teacher_ce"] = teacher_ce / known
+        if accelerator.is_main_process:
+            self._tell_of_an_echo()
         return logs
+
+    def _tell_of_an_echo(self) -> None:
+        """Say once if the teacher's first words were the student's own."""
+        if self._told or self._first is None:
+            return
+        self._told = True
+        _, kd, _, positions, _ = self._first.tolist()
+        if positions and kd / positions < ECHO:
+            logger.warning(
+                "This teacher adds nothing at first: in the first batch it predicts what the student predicts (KL %.1e nats"
+                " per position), as the source of an exact growth does. A better model of the same tokenizer adds more.",
+                kd / positions,
+            )
 
 
 @dataclass(frozen=True)
