@@ -71,8 +71,8 @@ class KIMetrics:
         _, kd, _, positions, _ = self._first.tolist()
         if positions and kd / positions < ECHO:
             logger.warning(
-                "This teacher adds nothing at first: in the first batch it predicts what the student predicts (KL %.1e nats"
-                " per position), as the source of an exact growth does. A better model of the same tokenizer adds more.",
+                "This teacher adds nothing: in the first batch it predicts what the student predicts (KL %.1e nats per"
+                " position), as the source of an exact growth does. A better model of the same tokenizer teaches more.",
                 kd / positions,
             )
 
