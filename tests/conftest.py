@@ -14,7 +14,7 @@ settings.load_profile("growlib")
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Without `-n`, the whole suite runs in a process per core, two to eight, where pytest-xdist is installed."""
-    whole = config.args_source is config.ArgsSource.TESTPATHS
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")  # in no worker
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = min(max(os.cpu_count() or 1, 2), 8) * (not config.option.usepdb)
         config.option.dist = "loadfile"  # fixtures of a module are made once

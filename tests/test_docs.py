@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -337,3 +338,21 @@ def test_the_page_of_verdicts_has_the_words_of_its_command():
     head = "\n".join(verdicts._head({"llama": dict.fromkeys(columns)}, {}, columns))
     words = [re.sub(r"\d[\w.+]*", "N", text) for text in (head, text_of("docs/architectures.md").partition("\n|")[0])]
     assert words[0].strip() == words[1].strip()
+
+
+def test_the_differences_of_starts_are_those_of_the_runs():
+    """docs/results/defaults.md: each cell is the difference of two runs in its JSON."""
+    known = ("steps", "arm", "model", "variant", "lr", "seed", "start", "final", "curve")
+    losses = {}
+    for run in json.loads((DOCS / "results/defaults/defaults.json").read_text()):
+        if (run["steps"], run["arm"], run["lr"]) == (320, "weights", 6e-3):
+            more = {key: value for key, value in run.items() if key not in known}
+            start = f"`{run['variant']}{' ' + json.dumps(more, sort_keys=True) if more else ''}`"
+            losses[run["model"], start, run["seed"]] = run["final"]
+    page = (DOCS / "results/defaults.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(rows) > 20
+    for _, model, this, against, *cells in rows:
+        for seed, cell in enumerate(cell for cell in cells if cell.strip(" |")):
+            difference = losses[model, this, seed] - losses[model, against, seed]
+            assert float(cell) == pytest.approx(difference, abs=6e-4), (this, against, seed)
