@@ -16,7 +16,7 @@ from torch import Tensor
 import growlib
 from cards import WIDER, sources
 from growlib.growth_plan import GrowthPlan, TensorPlan
-from growlib.layouts import along, grow_layout
+from growlib.layouts import along, by_axes, grow_layout
 from growlib.maps import Side
 
 ZERO, NEW, SHARED, COPIED = range(4)
@@ -50,7 +50,8 @@ def kinds(made: TensorPlan, plan: GrowthPlan) -> Tensor:
         several = torch.from_numpy(axis_map.copies())[source] > 1
         return part.index_select(dim, source) | (along(several, dim, part) & (side == "read"))
 
-    shared = grow_layout(torch.zeros(made.old_shape, dtype=torch.bool), made.layout, plan, mark_shared, unread=0)
+    grow_part = by_axes(plan, mark_shared)
+    shared = grow_layout(torch.zeros(made.old_shape, dtype=torch.bool), made.layout, plan, grow_part)
     origin = plan.new_parameters()[made.name]
     held = torch.where(shared, SHARED, COPIED)
     held = torch.where(origin == growlib.Origin.FREE, NEW, held)
