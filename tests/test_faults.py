@@ -415,7 +415,11 @@ def test_a_disk_that_fills_up_leaves_nothing(folder, tmp_path, capsys, monkeypat
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for place in ("growlib.commands.copy_companions", "transformers.PreTrainedModel.save_pretrained"):
+    for place in (
+        "growlib.streaming.copy_companions",
+        "growlib.shards.os.pwrite",
+        "transformers.PreTrainedConfig.save_pretrained",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             assert main(["expand", str(folder), str(tmp_path / "big"), *BIG]) == 2
@@ -428,7 +432,7 @@ def test_the_loser_of_a_race_is_told(folder, tmp_path, capsys, monkeypatch):
         (tmp_path / "big").mkdir()
         (tmp_path / "big" / "mine").write_text("")
 
-    monkeypatch.setattr("growlib.commands.copy_companions", meanwhile)
+    monkeypatch.setattr("growlib.streaming.copy_companions", meanwhile)
     assert main(["expand", str(folder), str(tmp_path / "big"), *BIG]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "small"]
@@ -488,14 +492,14 @@ def test_exact_promises_the_measurement_too(folder, tmp_path, capsys):
 
 
 def test_a_wrong_verdict_is_caught_by_the_measurement(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("growlib.commands.compare", lambda *_: growlib.Verification(1.0, 0.5, 1e-5))
+    monkeypatch.setattr("growlib.commands.compare", lambda *_, **__: growlib.Verification(1.0, 0.5, 1e-5))
     assert main(["expand", str(folder), str(tmp_path / "big"), *BIG, "--exact"]) == 2
     assert "the closing check says: NOT exact" in capsys.readouterr().err
     assert not (tmp_path / "big").exists()
 
 
 def test_a_check_that_cannot_run_loses_nothing(folder, tmp_path, capsys, monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr("growlib.commands.compare", fails)
