@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for the type checker, which does not run __getattr__
     from growlib.maps import AxisMap, LayerMap
     from growlib.operators import Method, methods, register
     from growlib.origin import Origin
+    from growlib.streaming import expand_checkpoint
     from growlib.training import EntryRates, Rewarm, freeze_old, mup_groups
     from growlib.verification import Verification, verify
 
@@ -35,6 +36,7 @@ _PLACES = {
     "Verification": "verification",
     "cache_teacher": "ki",
     "expand": "growth",
+    "expand_checkpoint": "streaming",
     "families": "architectures",
     "freeze_old": "training",
     "infer": "inference",

@@ -3,21 +3,27 @@
 Each tensor grows by the one rule W' = E_out W C_in + F, where F holds values that the rule leaves free: columns
 that read zeros, and noise that cancels over the copies of an entry (F E = 0), so that copies do not stay equal.
 Means are the source's: what is drawn has no share in them.
+
+A tensor is made some rows at a time: what stands in between stays in the cache, and takes no memory to speak of.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from growlib.averages import deviation, mean_along
-from growlib.free_values import normal
+from growlib.choice import Choice, Copies
+from growlib.free_values import FreeValues
 from growlib.growth_plan import GrowthPlan, TensorPlan
-from growlib.layouts import Part, along, by_axes, grow_layout
+from growlib.layouts import Part, along, by_axes, grow_layout, read_own
 from growlib.maps import FILLINGS, AxisMap, Side, copy_numbers
+
+BLOCK = 1 << 18  # values at once: 1 MB in float32
 
 
 def apply(plan: GrowthPlan, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -32,33 +38,83 @@ def grow_tensor(made: TensorPlan, source: Tensor, plan: GrowthPlan, following: T
 
     `following` is the same tensor of the next layer, for tensors that take from it.
     """
+    kept, source = source.dtype, source.detach()
     if not made.layout:  # a single number
-        return source.detach().clone()
-    work = source.detach().to(torch.promote_types(source.dtype, torch.float32))
-    later = None if following is None else following.detach().to(work)
+        return source.clone()
+    wide, offset = torch.promote_types(kept, torch.float32), made.layout[0].offset
+    later = None if following is None else following.detach().to(source.device)
     if later is not None and made.share:
-        work = torch.lerp(work, later, made.share)
-    width = deviation(work)
-    if work.ndim > 1 and width == 0:
-        width = plan.initializer_range  # an all-zero matrix still needs free values that differ
-    offset = made.layout[0].offset
-
-    def grow_part(values: Tensor, part: Part) -> Tensor:
-        return _grow_part(values, part, plan, made.name, width)
-
+        source = torch.lerp(source.to(wide), later.to(wide), made.share)
+    rule = _Rule(made.name, plan, source, wide)
     if made.constant is not None:
-        grown = grow_layout(torch.full_like(work, made.constant), made.layout, plan, grow_part)
+        values, later, noise = source.new_full((), made.constant, dtype=wide).expand(source.shape), None, 0.0
     else:
-        grown = grow_layout(work + offset, made.layout, plan, grow_part)
-        if later is not None and (taken := _from_next(made, plan, work)) is not None:
-            grown = torch.where(taken, grow_layout(later + offset, made.layout, plan, grow_part), grown)
-        if made.noise:
-            drawn = normal(plan.seed, f"{made.name}/noise", prod(grown.shape[:-1]), grown.shape[-1])
-            grown = grown + drawn.reshape(grown.shape).to(grown) * (made.noise * width)
-    return (grown * made.factor - offset).to(source.dtype)
+        values, noise = source.to(wide) + offset if offset else source, made.noise
+    taken = None if later is None else _from_next(made, plan)
+    if taken is None and not noise:
+        return grow_layout(values, made.layout, plan, partial(_grow_part, rule, _Ending(kept, made.factor, offset)))
+    grow_part = partial(_grow_part, rule, _Ending(wide))
+    grown = grow_layout(values, made.layout, plan, grow_part)
+    if taken is not None and later is not None:
+        further = later.to(wide) + offset if offset else later
+        grown = torch.where(taken.to(grown.device), grow_layout(further, made.layout, plan, grow_part), grown)
+    return _with_noise(grown, rule, noise, _Ending(kept, made.factor, offset))
 
 
-def _from_next(made: TensorPlan, plan: GrowthPlan, work: Tensor) -> Tensor | None:
+@dataclass(frozen=True)
+class _Rule:
+    """What the growth of one tensor depends on, beside its values."""
+
+    name: str
+    plan: GrowthPlan
+    source: Tensor
+    wide: torch.dtype  # of the arithmetic
+
+    @cached_property
+    def width(self) -> float:
+        """The deviation of the source, which free values have too."""
+        width = deviation(self.source)
+        # An all-zero matrix still needs free values that differ.
+        return self.plan.initializer_range if self.source.ndim > 1 and width == 0 else width
+
+    def drawn(self, key: str, rows: np.ndarray, first: int, last: int) -> Tensor:
+        """Free values of some rows, columns `first` to `last`."""
+        values = FreeValues(self.plan.seed, f"{self.name}/{key}").normals(rows, first, last)
+        return torch.from_numpy(values).to(self.source.device, self.wide)
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """What comes after the growth: W' = (grown * factor - offset), in a dtype."""
+
+    dtype: torch.dtype
+    factor: float = 1.0
+    offset: float = 0.0
+
+    def write(self, values: Tensor, out: Tensor) -> None:
+        """Into `out`; the values are used up."""
+        if self.factor != 1.0:
+            values.mul_(self.factor)
+        if self.offset:
+            values.sub_(self.offset)
+        out.copy_(values)
+
+
+def _with_noise(grown: Tensor, rule: _Rule, noise: float, ending: _Ending) -> Tensor:
+    """The grown tensor with noise on all of its values, `noise` deviations of the source wide."""
+    out = torch.empty_like(grown, dtype=ending.dtype)
+    rows, into = grown.reshape(-1, grown.shape[-1]), out.view(-1, grown.shape[-1])
+    step = max(BLOCK // max(grown.shape[-1], 1), 1)
+    for start in range(0, len(rows), step):
+        block = rows[start : start + step].clone()
+        if noise:
+            numbers = np.arange(start, start + len(block))
+            block += rule.drawn("noise", numbers, 0, block.shape[1]) * (noise * rule.width)
+        ending.write(block, into[start : start + step])
+    return out
+
+
+def _from_next(made: TensorPlan, plan: GrowthPlan) -> Tensor | None:
     """Which entries the next layer's tensor gives: bool [new shape]; None where it gives none."""
     axes = {axis for dim in made.layout if dim.side == "write" for part in dim.parts for axis in part}
     if not any(axis in plan.maps and plan.maps[axis].from_next for axis in axes):
@@ -66,42 +122,142 @@ def _from_next(made: TensorPlan, plan: GrowthPlan, work: Tensor) -> Tensor | Non
 
     def mark(part: Tensor, dim: int, axis: str, side: Side) -> Tensor:
         axis_map = plan.maps[axis]
-        part = part.index_select(dim, torch.from_numpy(axis_map.source.clip(0)).to(part.device))
+        part = part.index_select(dim, torch.from_numpy(axis_map.source.clip(0)))
         further = torch.from_numpy(copy_numbers(axis_map.source) > 0)
         return part | along(further, dim, part) if side == "write" and axis_map.from_next else part
 
-    return grow_layout(torch.zeros_like(work, dtype=torch.bool), made.layout, plan, by_axes(plan, mark))
+    return grow_layout(torch.zeros(made.old_shape, dtype=torch.bool), made.layout, plan, by_axes(plan, mark))
 
 
-def _grow_part(values: Tensor, part: Part, plan: GrowthPlan, name: str, width: float) -> Tensor:
-    """Grow the axes of one part, [n, m, ..] -> [N, M, ..]; free values are `width` wide."""
-    growing, sizes = part.growing(plan.maps), list(values.shape)
-    extended = {dim for dim, axis_map, side in growing if _needs_mean(axis_map, side)}
-    for dim in sorted(extended):
-        values = torch.cat([values, mean_along(values, dim)], dim)
-    for dim, axis_map, side in growing:
-        sizes[dim] = axis_map.new
-        index = np.where(axis_map.source < 0, axis_map.old if dim in extended else 0, axis_map.source)
-        values = values.index_select(dim, torch.from_numpy(index).to(values.device))
-        values = values * along(torch.from_numpy(_scale(axis_map, side)).to(values), dim, values)
-        if axis_map.fill(side) in ("zero", "faint"):
-            values = torch.where(along(torch.from_numpy(axis_map.source < 0), dim, values), 0.0, values)
-        extended -= {dim}
-        amplitude = _amplitude(axis_map, side) * width
-        if amplitude.any():
-            rows, columns = prod(sizes[: part.leading]), prod(sizes[part.leading :])
-            drawn = normal(plan.seed, f"{name}/{part.path}{dim}", rows, columns).reshape(sizes).to(values)
-            if side == "read" and axis_map.copy_noise:
-                drawn = _centred(drawn, dim, axis_map)
-            drawn = drawn * along(torch.from_numpy(amplitude).to(drawn), dim, drawn)
-            # What stands for a mean is not drawn.
-            still = [length for d in reversed(range(len(sizes))) for length in (0, int(d in extended))]
-            values = values + pad(drawn, still)
-    return values
+class _Step:
+    """The growth of one dimension of a part: what is the same for all of its rows."""
+
+    def __init__(self, dim: int, axis_map: AxisMap, side: Side, like: Tensor) -> None:
+        self.dim, self.axis_map, self.side = dim, axis_map, side
+        new = axis_map.source < 0
+        self.has_mean = axis_map.fill(side) in ("mean", "free") and bool(new.any())
+        self.index = np.where(new, axis_map.old if self.has_mean else 0, axis_map.source)
+        self.choice = Choice(self.index)
+        self.scale = torch.from_numpy(_scale(axis_map, side)).to(like)
+        self.scales = bool((self.scale != 1.0).any())
+        self.zero = new & (axis_map.fill(side) in ("zero", "faint"))
+        self.amplitude = _amplitude(axis_map, side)
+        drawn = np.flatnonzero(self.amplitude)
+        self.low, self.high = (int(drawn[0]), int(drawn[-1]) + 1) if len(drawn) else (0, 0)
+        self.centred = side == "read" and bool(axis_map.copy_noise)
+
+    @cached_property
+    def copies(self) -> Copies:
+        return Copies(self.axis_map.source[self.low : self.high])
 
 
-def _needs_mean(axis_map: AxisMap, side: Side) -> bool:
-    return axis_map.fill(side) in ("mean", "free") and bool((axis_map.source < 0).any())
+def _grow_part(rule: _Rule, ending: _Ending, values: Tensor, part: Part) -> Tensor:
+    """Grow the axes of one part, [n, m, ..] -> [N, M, ..]."""
+    like = torch.empty(0, dtype=rule.wide, device=values.device)
+    steps = [_Step(*growing, like) for growing in part.growing(rule.plan.maps)]
+    if not steps and (ending.dtype, ending.factor, ending.offset) == (values.dtype, 1.0, 0.0):
+        return values.clone(memory_format=torch.contiguous_format)
+    sizes = list(values.shape)
+    for step in steps:
+        sizes[step.dim] = step.axis_map.new
+    out = torch.empty(sizes, dtype=ending.dtype, device=values.device)
+    mean = next((mean_along(values, 0, rule.wide) for step in steps if step.dim == 0 and step.has_mean), None)
+    # Dimensions that all lie in the tensor's last one are drawn as one row.
+    count = max(BLOCK // max(prod(sizes[1:]), 1), 1) if part.leading else max(sizes[0], 1)
+    for start in range(0, sizes[0], count):
+        at = np.arange(start, min(start + count, sizes[0]))
+        rows = slice(start, start + count)
+        block = _Rows(rule, part, steps, at).grow(values, mean)
+        ending.write(read_own(block, part, rule.plan.maps, rows=rows), out[rows])
+    return out
+
+
+class _Rows:
+    """Some rows of a grown part: the entries `at` of its first dimension."""
+
+    def __init__(self, rule: _Rule, part: Part, steps: list[_Step], at: np.ndarray) -> None:
+        self.rule, self.part, self.steps, self.at = rule, part, steps, at
+        self.old = next((step.axis_map.old for step in steps if step.dim == 0), None)
+        # Which entries the rows stand for: until the first dimension grows, those of the source.
+        self.numbers = next((step.index[at] for step in steps if step.dim == 0), at)
+        self.means = {step.dim for step in steps if step.has_mean}  # dimensions whose last entry is a mean
+
+    def grow(self, values: Tensor, mean: Tensor | None) -> Tensor:
+        """The values of the rows, from those of all of the source's, and the mean over these."""
+        block = self._of_source(values, mean)
+        for dim in sorted(self.means - {0}):
+            block = torch.cat([block, mean_along(block, dim)], dim)
+        for step in self.steps:
+            scale, zero = step.scale, step.zero
+            if step.dim == 0:
+                self.numbers, scale, zero = self.at, scale[self.at[0] : self.at[-1] + 1], zero[self.at]
+            else:
+                block = step.choice(block, step.dim)
+            self.means -= {step.dim}
+            if step.scales:
+                block = block.mul_(along(scale, step.dim, block))
+            if zero.any():
+                block.index_fill_(step.dim, torch.from_numpy(np.flatnonzero(zero)).to(block.device), 0.0)
+            if step.high and self.rule.width:
+                self._add_drawn(block, step)
+        return block
+
+    def _of_source(self, values: Tensor, mean: Tensor | None) -> Tensor:
+        """The source's rows, in the dtype of the arithmetic: values that may be changed."""
+        is_mean = self.numbers == self.old if mean is not None else np.zeros(len(self.at), dtype=bool)
+        rows = Choice(np.where(is_mean, 0, self.numbers))(values, 0)
+        block = torch.empty(rows.shape, dtype=self.rule.wide, device=rows.device).copy_(rows)
+        if mean is not None and is_mean.any():
+            block[torch.from_numpy(is_mean)] = mean
+        return block
+
+    def _add_drawn(self, block: Tensor, step: _Step) -> None:
+        """Add what is drawn for one dimension, whose entries `low` to `high` have an amplitude."""
+        low, high, numbers = step.low, step.high, self.numbers
+        if step.dim == 0:
+            low, high = max(low, int(self.at[0])), min(high, int(self.at[-1]) + 1)
+            if low >= high:
+                return
+            numbers = np.arange(low, high)
+            block = block[low - int(self.at[0]) : high - int(self.at[0])]
+        lengths = [length - (dim in self.means) for dim, length in enumerate(block.shape)]
+        if step.dim == 0 and step.centred:
+            source = step.axis_map.source
+            others = np.flatnonzero(np.isin(source, source[numbers]) & (source >= 0)) if self.part.leading else numbers
+            needed = np.union1d(others, numbers)
+            drawn = Copies(source[needed]).centred(self._drawn(step, needed, [len(needed), *lengths[1:]]), 0)
+            drawn = drawn[torch.from_numpy(np.searchsorted(needed, numbers))]
+        else:
+            lengths[0] = len(numbers)
+            drawn = self._drawn(step, numbers, lengths)
+            if step.centred:
+                drawn = step.copies.centred(drawn, step.dim)
+        if 0 in self.means:  # what stands for a mean is not drawn
+            drawn[torch.from_numpy(numbers == self.old)] = 0.0
+        amplitude = torch.from_numpy(step.amplitude[low:high] * self.rule.width).to(drawn)
+        for dim in self.means - {0}:
+            block = block.narrow(dim, 0, lengths[dim])
+        if step.dim:
+            block = block.narrow(step.dim, low, high - low)
+        block.add_(drawn.mul_(along(amplitude, step.dim, drawn)))
+
+    def _drawn(self, step: _Step, numbers: np.ndarray, lengths: list[int]) -> Tensor:
+        """Free values of the entries `numbers` of the first dimension, `low` to `high` of the step's, all of others."""
+        dim, leading = step.dim, self.part.leading
+        key = f"{self.part.path}{dim}"
+        rows = numbers if leading else np.zeros(1, dtype=np.int64)
+        for d in range(1, leading):
+            entries = np.arange(step.low, step.high) if d == dim else np.arange(lengths[d])
+            rows = (rows[:, None] * lengths[d] + entries).ravel()
+        inner = prod(lengths[leading + 1 :])
+        first, last = 0, inner * (len(numbers) if not leading and dim == 0 else lengths[leading])
+        if dim == leading:
+            first, last = step.low * inner, step.high * inner
+        drawn = self.rule.drawn(key, rows, first, last)
+        if dim <= leading and dim:
+            lengths = [*lengths[:dim], step.high - step.low, *lengths[dim + 1 :]]
+        drawn = drawn.view(lengths)
+        return drawn.narrow(dim, step.low, step.high - step.low) if dim > leading else drawn
 
 
 def _scale(axis_map: AxisMap, side: Side) -> np.ndarray:
@@ -130,13 +286,3 @@ def _amplitude(axis_map: AxisMap, side: Side) -> np.ndarray:
     elif side == "write":
         on_copies = np.where(copy_numbers(axis_map.source) > 0, axis_map.write_noise, 0.0)
     return np.where(new, free, on_copies)
-
-
-def _centred(drawn: Tensor, dim: int, axis_map: AxisMap) -> Tensor:
-    """The values less their mean over the copies of an entry; those of new entries as they are."""
-    copies = along(torch.from_numpy(axis_map.copies()[axis_map.source.clip(0)]).to(drawn), dim, drawn)
-    old = along(torch.from_numpy(axis_map.source >= 0), dim, drawn)
-    index = torch.from_numpy(axis_map.source.clip(0)).to(drawn.device)
-    shape = [axis_map.old if d == dim else length for d, length in enumerate(drawn.shape)]
-    total = drawn.new_zeros(shape).index_add_(dim, index, torch.where(old, drawn, 0.0))
-    return torch.where(old, drawn - total.index_select(dim, index) / copies.clip(min=1), drawn)

@@ -23,7 +23,14 @@ def deviation(values: Tensor) -> float:
     return sqrt(max(squares / count - (total / count) ** 2, 0.0))
 
 
-def mean_along(values: Tensor, dim: int) -> Tensor:
-    """The mean along one dimension, which stays with a length of 1, in the dtype of the values."""
-    total = np.add.reduce(values.detach().to("cpu", torch.float64).numpy(), axis=dim, keepdims=True)
-    return torch.from_numpy(total / values.shape[dim]).to(values)
+def mean_along(values: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The mean along one dimension, which stays with a length of 1, in a dtype; by default that of the values."""
+    values = values.detach()
+    width = values[0].numel() if dim == 0 and len(values) else 0
+    rows = max(CHUNK // width, 1) if width > 1 else len(values)  # a single column is added pairwise: not in pieces
+    first, *chunks = values.to("cpu").split(rows) if dim == 0 else (values.to("cpu"),)
+    total = np.add.reduce(first.double().numpy(), axis=dim, keepdims=True)
+    for chunk in chunks:  # the sum so far is the first that is added
+        total = np.add.reduce(np.concatenate([total, chunk.double().numpy()]), axis=dim, keepdims=True)
+    mean = torch.from_numpy(total / values.shape[dim])
+    return mean.to(device=values.device, dtype=dtype or values.dtype)

@@ -43,7 +43,7 @@ def load(source: Source) -> PreTrainedModel:
         return _model_in(source, loaded=True)
     asked = f"reading the checkpoint {str(source)!r}"
     folder = folder_of(source)
-    model_class = _model_class(asked, _config_in(asked, folder))
+    model_class = _model_class(asked, config_in(asked, folder))
     stored = tensors_in(asked, folder)
     try:
         loaded: Any = model_class.from_pretrained(
@@ -86,7 +86,7 @@ def describe(source: Source | PreTrainedConfig) -> tuple[type[PreTrainedModel], 
         model = _model_in(source)
         return type(model), skeleton(model)
     asked = f"reading the checkpoint {str(source)!r}"
-    config = _config_in(asked, folder_of(source, weights=False))
+    config = config_in(asked, folder_of(source, weights=False))
     model_class = _model_class(asked, config)
     return model_class, skeleton_of(model_class, config)
 
@@ -112,7 +112,8 @@ def _model_in(source: Any, loaded: bool = False) -> PreTrainedModel:
     return source
 
 
-def _config_in(asked: str, folder: Path) -> PreTrainedConfig:
+def config_in(asked: str, folder: Path) -> PreTrainedConfig:
+    """The config of a checkpoint. Raises GrowError where transformers alone cannot read it."""
     content = check_config(asked, folder)
     if content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING:
         wrong = "its code comes with the checkpoint, and such code is never run here"

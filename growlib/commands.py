@@ -5,27 +5,29 @@ import difflib
 import json
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from growlib import checkpoint, operators
 from growlib.architectures import families as known_families
 from growlib.architectures import table_of
-from growlib.companions import copy_companions
 from growlib.config import scaled
-from growlib.costs import bytes_of, cost_table, sizes_that_stay
+from growlib.costs import bytes_of, cost_table, parameters_of, sizes_that_stay
 from growlib.errors import GrowError
-from growlib.folders import folder_of, new_folder
-from growlib.growth import expand as grow
 from growlib.growth import plan as decide
 from growlib.growth_plan import GrowthPlan
 from growlib.inference import architecture_of, verified
 from growlib.layouts import layout_text
+from growlib.limits import fits_into_memory
 from growlib.papers import bibtex
+from growlib.progress import progress_bar
+from growlib.streaming import write_grown
 from growlib.verification import verify as compare
 
 UNCHECKED = 3  # exit code: the check could not run, or cannot tell
@@ -36,30 +38,40 @@ transformers_logging.disable_progress_bar()
 
 def expand(options: argparse.Namespace) -> int:
     growth = _plan(options)
-    with new_folder(options.destination, bytes_of(growth, options.dtype)) as folder:
-        source = checkpoint.load(options.source)
-        exact = True if options.exact else None
-        grown = grow(source, growth, growth.method, seed=growth.seed, exact=exact, dtype=options.dtype)
-        code, measured = _measured(source, grown, options)
-        grown.save_pretrained(folder)
-        growth.save(folder)
-        sizes = {growth.old_sizes["hidden"]: growth.new_sizes["hidden"]}
-        copy_companions(folder_of(options.source), folder, sizes)
-    count = sum(parameter.numel() for parameter in grown.parameters())
-    print(f"{options.destination}: {count:,} parameters, {measured}")
+    checked: list[tuple[int, str]] = []
+
+    def check(folder: Path) -> str:
+        checked.append(_measured(options, folder, growth))
+        return checked[-1][1]
+
+    with progress_bar(f"writing {options.destination}") as progress:
+        write_grown(
+            options.source,
+            options.destination,
+            growth,
+            exact=True if options.exact else None,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            check=check,
+            progress=progress,
+        )
+    ((code, measured),) = checked
+    print(f"{options.destination}: {parameters_of(growth):,} parameters, {measured}")
     return code
 
 
-def _measured(source: PreTrainedModel, grown: PreTrainedModel, options: argparse.Namespace) -> tuple[int, str]:
+def _measured(options: argparse.Namespace, folder: Path, growth: GrowthPlan) -> tuple[int, str]:
     """The exit code and what the closing check says. Raises GrowError where --exact is not kept."""
     asked = f"expanding {options.source} with --exact"
     try:
-        measured = compare(source, grown)
+        large = not fits_into_memory(2 * bytes_of(growth, torch.float32))  # as it is, and once more in float32
+        measured = compare(options.source, folder, streaming=large)
     except Exception as error:  # whatever a class of transformers raises on inputs that were made for it
         wrong = f"the result cannot be checked ({type(error).__name__}: {error})"
         if options.exact:
             raise GrowError(asked, wrong, "no --exact, which writes it unchecked") from error
         return UNCHECKED, f"written, but {wrong}"
+    measured = replace(measured, planned=None)
     if options.exact and not measured.exact:
         raise GrowError(asked, f"the closing check says: {measured}", "no --exact, which writes it all the same")
     return UNCHECKED if measured.verdict == "cannot tell" else 0, str(measured)
@@ -122,7 +134,7 @@ def _setting(option: str, text: str) -> tuple[str, Any]:
 
 
 def verify(options: argparse.Namespace) -> int:
-    measured = compare(options.source, options.grown)
+    measured = compare(options.source, options.grown, streaming=options.streaming)
     print(measured)
     return {"exact": 0, "NOT exact": 1, "cannot tell": UNCHECKED}[measured.verdict]
 

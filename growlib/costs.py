@@ -35,7 +35,12 @@ def cost_table(plan: GrowthPlan) -> list[tuple[str, str, str]]:
 def bytes_of(plan: GrowthPlan, dtype: torch.dtype | str | None = None) -> int:
     """What the grown model takes on disk or in memory, in a dtype; by default the plan's, or its config's."""
     wanted = dtype_of(dtype) or dtype_of(plan.dtype) or _dtype(plan.config)
-    return wanted.itemsize * sum(prod(shape) for _, shape in _grown(plan))
+    return wanted.itemsize * parameters_of(plan)
+
+
+def parameters_of(plan: GrowthPlan) -> int:
+    """How many values the grown model has."""
+    return sum(prod(shape) for _, shape in _grown(plan))
 
 
 def _grown(plan: GrowthPlan) -> list[tuple[Layout, Shape]]:

@@ -1,9 +1,11 @@
 """Where a checkpoint lies: find its folder, check it before anything is loaded, write one as a whole or not at all."""
 
+import glob
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ from growlib.errors import GrowError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf")
+REQUEST = ".request"  # in an unfinished folder: what it is for
+_active: set[Path] = set()  # the hidden folders that this process writes
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -130,13 +134,14 @@ def _no_weights(asked: str, folder: Path) -> GrowError:
 
 
 @contextmanager
-def new_folder(path: str | Path, room: int = 0) -> Iterator[Path]:
+def new_folder(path: str | Path, room: int = 0, request: str = "") -> Iterator[Path]:
     """A folder that exists as a whole or not at all: written beside its place, then renamed.
 
     What an interrupted call left beside the place is removed. Files get the modes that the umask asks for.
 
     Args:
         room: bytes that will be written, for which there must be room.
+        request: what is asked for. What an interrupted call with the same request left is kept, and gone on with.
 
     Raises:
         GrowError: something stands at `path`, it cannot be written to, or the disk is full, before or in between.
@@ -147,18 +152,25 @@ def new_folder(path: str | Path, room: int = 0) -> Iterator[Path]:
         raise GrowError(asked, "it exists already", "a path where nothing stands")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}-*.growlib"):
-            if not _is_running(left):
-                shutil.rmtree(left, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-{os.getpid()}-", suffix=".growlib", dir=path.parent))
+        for left in path.parent.glob(f".{glob.escape(path.name)}-*.growlib"):
+            if left != temporary and not _is_running(left):
+                if request and _text(left / REQUEST) == request and not any(temporary.iterdir()):
+                    left.replace(temporary)  # of two calls that try, one has it
+                shutil.rmtree(left, ignore_errors=True)
+        if request:
+            (temporary / REQUEST).write_text(request, encoding="utf-8")
     except OSError as error:
         raise GrowError(asked, f"it cannot be written ({error.strerror or error})", valid) from error
     try:
+        _active.add(temporary)
         free = shutil.disk_usage(temporary).free
+        room -= sum(file.stat().st_size for file in temporary.iterdir() if file.is_file())
         if free < room:
             wrong = f"it takes {room / 1e9:.3g} GB, and {free / 1e9:.3g} GB of the disk are free"
             raise GrowError(asked, wrong, valid)
         yield temporary
+        (temporary / REQUEST).unlink(missing_ok=True)
         _as_the_umask_says(temporary)
         temporary.rename(path)
     except (OSError, SafetensorError) as error:
@@ -167,12 +179,23 @@ def new_folder(path: str | Path, room: int = 0) -> Iterator[Path]:
         )
         raise GrowError(asked, wrong, valid) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _active.discard(temporary)
+        if not (request and isinstance(sys.exc_info()[1], KeyboardInterrupt)):
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def _is_running(left: Path) -> bool:
-    """Whether the process that writes a hidden folder is still there."""
+    """Whether the process that writes a hidden folder is still there, and still at it."""
     number = left.name.removesuffix(".growlib").split("-")[-2]
+    if number == str(os.getpid()):
+        return left in _active
     try:
         os.kill(int(number), 0)
     except (ProcessLookupError, ValueError):

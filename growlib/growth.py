@@ -108,19 +108,7 @@ def expand(
     """
     wanted = dtype_of(dtype)
     model = checkpoint.load(small_ckpt)
-    if isinstance(target_config, GrowthPlan):
-        growth = target_config
-        check_plan(growth, model, method, seed)
-    else:
-        growth = plan_of(type(model), checkpoint.skeleton(model), target_config, method, seed)
-    if growth.learned:
-        wrong, valid = "its map is learned on text", "growlib.learn(small, target, batches)"
-        raise GrowError(f"expanding with method {growth.method!r}", wrong, valid)
-    if growth.reasons and exact:
-        asked = f"growing {model.config.model_type} with method {growth.method!r} and exact=True"
-        raise GrowError(asked, "; ".join(growth.reasons), "another target, or exact=None for the closest growth")
-    if growth.reasons and exact is None:
-        logger.warning("this growth is not known to preserve the function: %s", "; ".join(growth.reasons))
+    growth = settled(type(model), checkpoint.skeleton(model), target_config, method, seed, exact)
     if exact and (broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]):
         wrong = f"its {broken[0]} holds values that are not finite"
         raise GrowError(f"growing a {growth.model_class} with exact=True", wrong, "a source of finite values")
@@ -133,19 +121,44 @@ def expand(
     return grown
 
 
-def check_plan(growth: GrowthPlan, model: PreTrainedModel, method: str | Method, seed: int) -> None:
+def settled(
+    model_class: type[PreTrainedModel],
+    source: Skeleton,
+    target_config: Target | GrowthPlan,
+    method: str | Method,
+    seed: int,
+    exact: bool | None,
+) -> GrowthPlan:
+    """The plan that `expand` carries out. Logs why it is not exact; raises GrowError where that is refused."""
+    if isinstance(target_config, GrowthPlan):
+        growth = target_config
+        check_plan(growth, source, method, seed)
+    else:
+        growth = plan_of(model_class, source, target_config, method, seed)
+    if growth.learned:
+        wrong, valid = "its map is learned on text", "growlib.learn(small, target, batches)"
+        raise GrowError(f"expanding with method {growth.method!r}", wrong, valid)
+    if growth.reasons and exact:
+        asked = f"growing {source.config.model_type} with method {growth.method!r} and exact=True"
+        raise GrowError(asked, "; ".join(growth.reasons), "another target, or exact=None for the closest growth")
+    if growth.reasons and exact is None:
+        logger.warning("this growth is not known to preserve the function: %s", "; ".join(growth.reasons))
+    return growth
+
+
+def check_plan(growth: GrowthPlan, source: Skeleton, method: str | Method, seed: int) -> None:
     """Raise GrowError where a plan was made for another source, or another method or seed is asked for beside it."""
     asked = f"carrying out a plan ({growth.method}, seed {growth.seed}, for a {growth.model_class})"
     if method not in ("lossless", growth.method) or seed not in (0, growth.seed):
         named = method.name if isinstance(method, Method) else method
         wrong = f"beside it method {named!r} and seed {seed} are asked for"
         raise GrowError(asked, wrong, "expand(small, plan), or a plan made with them")
-    if type(model).__name__ != growth.model_class:
-        raise GrowError(asked, f"the source is a {type(model).__name__}", f"a {growth.model_class}")
-    mine, planned = model.config.to_dict(), growth.source.to_dict()
+    if source.model_class != growth.model_class:
+        raise GrowError(asked, f"the source is a {source.model_class}", f"a {growth.model_class}")
+    mine, planned = source.config.to_dict(), growth.source.to_dict()
     differ = [key for key in planned if key not in config.NO_FUNCTION and mine.get(key) != planned[key]]
     other = [f"{key} is {mine.get(key)!r}, not {planned[key]!r}" for key in differ]
-    shapes = checkpoint.skeleton(model).shapes
+    shapes = source.shapes
     needed = {made.source: made.old_shape for made in growth.tensors if made.source}
     other += [
         f"{name} is {shapes.get(name)}, not {shape}" for name, shape in needed.items() if shapes.get(name) != shape

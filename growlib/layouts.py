@@ -106,24 +106,33 @@ GrowPart = Callable[[Tensor, Part], Tensor]
 GrowAxis = Callable[[Tensor, int, str, Side], Tensor]
 
 
-def by_axes(growth: GrownAxes, grow_axis: GrowAxis) -> GrowPart:
-    """The growth of a part that is a growth of each of its axes."""
+def by_axes(growth: GrownAxes, grow_axis: GrowAxis, unread: float = 0.0) -> GrowPart:
+    """The growth of a part that is a growth of each of its axes. `unread` stands where a copy does not read another."""
 
     def grow_part(values: Tensor, part: Part) -> Tensor:
         for dim, _, side in part.growing(growth.maps):
             values = grow_axis(values, dim, part.axes[dim][0], side)
-        return values
+        return read_own(values, part, growth.maps, unread)
 
     return grow_part
 
 
-def grow_layout(
-    work: Tensor, layout: Layout, growth: GrownAxes, grow_part: GrowPart, unread: float = 0.0, path: str = ""
+def read_own(
+    values: Tensor, part: Part, maps: Mapping[str, AxisMap], unread: float = 0.0, rows: slice = slice(None)
 ) -> Tensor:
+    """A grown part, or some rows of it, in which copy k reads copy k alone, at full weight."""
+    for d, e, copies in own_blocks(part.axes, maps):
+        written, read = (torch.from_numpy(copy_numbers(maps[part.axes[dim][0]].source)) for dim in (d, e))
+        written, read = (numbers[rows] if dim == 0 else numbers for dim, numbers in ((d, written), (e, read)))
+        own = along(written, d, values) == along(read, e, values)
+        values = torch.where(own, values * copies if values.is_floating_point() else values, unread)
+    return values
+
+
+def grow_layout(work: Tensor, layout: Layout, growth: GrownAxes, grow_part: GrowPart, path: str = "") -> Tensor:
     """Take a tensor apart into its axes, grow them, and put it together; concatenated dimensions part by part.
 
-    What stands in the tensor is up to `grow_part`: values, or what becomes of them. `unread` stands where a copy does
-    not read another.
+    What stands in the tensor is up to `grow_part`: values, or what becomes of them.
     """
     for index, dim in enumerate(layout):
         if len(dim.parts) > 1:
@@ -134,17 +143,15 @@ def grow_layout(
             layouts = [(*layout[:index], Dim((part,), dim.side), *layout[index + 1 :]) for part in dim.parts]
             grown = [
                 grow_layout(
-                    part.flatten(index, index + 1), part_layout, growth, grow_part, unread, f"{path}{number}."
+                    part.flatten(index, index + 1), part_layout, growth, grow_part, f"{path}{number}."
                 ).unflatten(index, (new_groups, -1))
                 for number, (part, part_layout) in enumerate(zip(parts, layouts, strict=True))
             ]
             return torch.cat(grown, dim=index + 1).flatten(index, index + 1)
-    return _grow_part(work, layout, growth, grow_part, unread, path)
+    return _grow_part(work, layout, growth, grow_part, path)
 
 
-def _grow_part(
-    values: Tensor, layout: Layout, growth: GrownAxes, grow_part: GrowPart, unread: float, path: str
-) -> Tensor:
+def _grow_part(values: Tensor, layout: Layout, growth: GrownAxes, grow_part: GrowPart, path: str) -> Tensor:
     names = [f"{axis}_{d}" for d, dim in enumerate(layout) for axis in dim.parts[0]]
     flat = " ".join(names)
     folded = " ".join("(" + " ".join(f"{axis}_{d}" for axis in dim.parts[0]) + ")" for d, dim in enumerate(layout))
@@ -152,10 +159,6 @@ def _grow_part(
     known = {n: growth.old_sizes[axis] for n, (axis, _) in zip(names, axes, strict=True) if axis in growth.old_sizes}
     leading = sum(len(dim.parts[0]) for dim in layout[:-1])
     part = grow_part(rearrange(values, f"{folded} -> {flat}", **known), Part(tuple(axes), leading, path))
-    for d, e, copies in own_blocks(axes, growth.maps):  # copy k reads copy k alone, at full weight
-        numbers = [torch.from_numpy(copy_numbers(growth.maps[axes[dim][0]].source)) for dim in (d, e)]
-        own = along(numbers[0], d, part) == along(numbers[1], e, part)
-        part = torch.where(own, part * copies if part.is_floating_point() else part, unread)
     return rearrange(part, f"{flat} -> {folded}")
 
 

@@ -95,7 +95,7 @@ def _learnable(
         raise GrowError(asked, "one of them is out of range", "such as steps=100, learning_rate=3e-3")
     if isinstance(target_config, GrowthPlan):
         growth = target_config
-        check_plan(growth, small, growth.method, seed)
+        check_plan(growth, checkpoint.skeleton(small), growth.method, seed)
     else:
         growth = plan_of(type(small), checkpoint.skeleton(small), target_config, method, seed)
     if not growth.learned:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -55,3 +56,13 @@ def refuse_without_memory(asked: str, needed: int) -> None:
     if needed > memory:
         wrong = f"the result takes {needed / 1e9:.3g} GB, and this machine has {memory / 1e9:.3g} GB of memory"
         raise GrowError(asked, wrong, "a smaller target, a smaller dtype, or a machine with more memory")
+
+
+def fits_into_memory(needed: int) -> bool:
+    """Whether the memory that this machine has left holds so many bytes."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        left = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, ValueError, StopIteration):
+        left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return needed < left

@@ -42,7 +42,7 @@ def origins(
     def mark_axis(part: Tensor, dim: int, axis: str, side: Side) -> Tensor:
         return _mark(part, dim, growth.maps[axis], side)
 
-    return grow_layout(mark.repeat(old_shape), layout, growth, by_axes(growth, mark_axis), unread=Origin.NEW)
+    return grow_layout(mark.repeat(old_shape), layout, growth, by_axes(growth, mark_axis, unread=Origin.NEW))
 
 
 def _mark(part: Tensor, dim: int, axis_map: AxisMap, side: Side) -> Tensor:

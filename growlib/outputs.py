@@ -45,7 +45,8 @@ def inputs_of(model: PreTrainedModel, batch: int = 2, length: int = 7, seed: int
     if config.is_encoder_decoder:
         given["decoder_input_ids"] = _token_ids(model, rows, length, generator)
     kept = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in given.items()}
-    given = {name: value.to(model.device) for name, value in kept.items()}
+    device = "cpu" if model.device.type == "meta" else model.device  # a model that is read while it runs
+    given = {name: value.to(device) for name, value in kept.items()}
     return {name: v.expand(batch, *v.shape[1:]).contiguous() if rows == 1 else v for name, v in given.items()}
 
 

@@ -198,20 +198,24 @@ def mix(mixture: Mixture, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, 
     used = {source for made in mixture.tensors for source in made.sources}
     yield from ((name, tensor) for name, tensor in tensors.items() if name not in used)
     like = next(iter(tensors.values()))
-    shards, copies = mixture.shards, mixture.experts // mixture.shards
-    for made in mixture.tensors:
-        match made.part:
-            case "up" | "down":
-                yield made.name, _experts(mixture, made, [tensors[source] for source in made.sources])
-            case "router":
-                rows = mixture.deviation * _drawn(mixture, made.name, (copies, made.shape[1])).to(like)
-                yield made.name, repeat(rows, "copies hidden -> (copies shards) hidden", shards=shards)
-            case "one":
-                yield made.name, like.new_ones(made.shape)
-            case "zero":
-                yield made.name, like.new_zeros(made.shape)
-            case "free":
-                yield made.name, mixture.deviation * _drawn(mixture, made.name, made.shape).to(like)
+    yield from ((made.name, mixed(mixture, made, tensors, like)) for made in mixture.tensors)
+
+
+def mixed(mixture: Mixture, made: ExpertTensor, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """A tensor that the mixture alone has, from those of the grown dense model, in the dtype and place of `like`."""
+    match made.part:
+        case "up" | "down":
+            return _experts(mixture, made, [tensors[source] for source in made.sources])
+        case "router":
+            copies = mixture.experts // mixture.shards
+            rows = mixture.deviation * _drawn(mixture, made.name, (copies, made.shape[1])).to(like)
+            return repeat(rows, "copies hidden -> (copies shards) hidden", shards=mixture.shards)
+        case "one":
+            return like.new_ones(made.shape)
+        case "zero":
+            return like.new_zeros(made.shape)
+        case "free":
+            return mixture.deviation * _drawn(mixture, made.name, made.shape).to(like)
 
 
 def _drawn(mixture: Mixture, name: str, shape: Shape) -> Tensor:

@@ -15,6 +15,7 @@ from growlib.checkpoint import Source
 from growlib.config import is_mixture
 from growlib.errors import GrowError
 from growlib.growth_plan import FILE, GrowthPlan
+from growlib.mapped import mapped_model
 from growlib.outputs import TOLERANCE, distance, inputs_of, outputs
 
 LENGTH = 16  # tokens of the default inputs
@@ -58,7 +59,9 @@ class Verification:
         return f"{measured}; its plan says {'not exact: ' + '; '.join(self.planned) if self.planned else 'exact'}"
 
 
-def verify(small: Source, big: Source, inputs: dict[str, Tensor] | None = None) -> Verification:
+def verify(
+    small: Source, big: Source, inputs: dict[str, Tensor] | None = None, *, streaming: bool = False
+) -> Verification:
     """Compare the outputs of a source and its grown model, in eval mode, on the same inputs.
 
     Args:
@@ -67,6 +70,7 @@ def verify(small: Source, big: Source, inputs: dict[str, Tensor] | None = None) 
             compared on the source's share: the old tokens of the logits, the first channels of a hidden state.
         inputs: keyword arguments of both models' forward; by default drawn with a fixed seed: token ids [2, 16],
             images, or whatever the class takes first.
+        streaming: read both from disk layer by layer, in the memory of a layer. Both must be folders or hub ids.
 
     Raises:
         GrowError: the models are not of one class nor a dense one and a mixture of experts, `big` is smaller, or one
@@ -75,7 +79,8 @@ def verify(small: Source, big: Source, inputs: dict[str, Tensor] | None = None) 
     plan = None
     if isinstance(big, str | Path) and (Path(big) / FILE).is_file():
         plan = GrowthPlan.load(big)
-    small, big = checkpoint.load(small), checkpoint.load(big)
+    places = (small, big)
+    small, big = (_mapped(place) if streaming else checkpoint.load(place) for place in places)
     asked = "comparing a source with its grown model"
     if type(big) is not type(small) and not (is_mixture(big.config) and _task(small) == _task(big)):
         wrong = f"they are a {type(small).__name__} and a {type(big).__name__}"
@@ -89,7 +94,7 @@ def verify(small: Source, big: Source, inputs: dict[str, Tensor] | None = None) 
     try:
         inputs = inputs_of(small, length=LENGTH, seed=0) if inputs is None else inputs
         reference, grown = outputs(small, inputs), outputs(big, inputs)
-        rounding = [_rounding(small, reference, inputs), _rounding(big, grown, inputs)]
+        rounding = [_rounding(small, places[0], reference, inputs), _rounding(big, places[1], grown, inputs)]
     except Exception as error:  # whatever a class of transformers raises
         wrong = f"a {type(small).__name__} does not run on the inputs ({type(error).__name__}: {error})"
         raise GrowError(asked, wrong, "inputs=, the keyword arguments of its forward") from error
@@ -102,11 +107,20 @@ def verify(small: Source, big: Source, inputs: dict[str, Tensor] | None = None) 
     )
 
 
-def _rounding(model: PreTrainedModel, computed: dict[str, Tensor], inputs: dict[str, Tensor]) -> float:
+def _mapped(place: Source) -> PreTrainedModel:
+    if not isinstance(place, str | Path):
+        asked = f"comparing a {type(place).__name__} layer by layer"
+        raise GrowError(asked, "it is in memory already", "a folder or a hub id, or streaming=False")
+    return mapped_model(place)
+
+
+def _rounding(model: PreTrainedModel, place: Source, computed: dict[str, Tensor], inputs: dict[str, Tensor]) -> float:
     """How far what a model computed is from what it computes in float32, in shares of its spread."""
     if model.dtype in (torch.float32, torch.float64):
         return 0.0
-    return distance(outputs(copy.deepcopy(model).float(), _in_float32(inputs)), computed).relative
+    streamed = any(parameter.is_meta for parameter in model.parameters())
+    wide = mapped_model(str(place), torch.float32) if streamed else copy.deepcopy(model).float()
+    return distance(outputs(wide, _in_float32(inputs)), computed).relative
 
 
 def _in_float32(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,14 +36,14 @@ def test_exact_promises_the_measurement_too(folder, tmp_path, capsys):
 
 
 def test_a_wrong_verdict_is_caught_by_the_measurement(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("growlib.commands.compare", lambda *_: growlib.Verification(1.0, 0.5, 1e-5))
+    monkeypatch.setattr("growlib.commands.compare", lambda *_, **__: growlib.Verification(1.0, 0.5, 1e-5))
     assert main(["expand", str(folder), str(tmp_path / "big"), *BIG, "--exact"]) == 2
     assert "the closing check says: NOT exact" in capsys.readouterr().err
     assert not (tmp_path / "big").exists()
 
 
 def test_a_check_that_cannot_run_loses_nothing(folder, tmp_path, capsys, monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr("growlib.commands.compare", fails)

@@ -135,7 +135,11 @@ def test_a_disk_that_fills_up_leaves_nothing(folder, tmp_path, capsys, monkeypat
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for place in ("growlib.commands.copy_companions", "transformers.PreTrainedModel.save_pretrained"):
+    for place in (
+        "growlib.streaming.copy_companions",
+        "growlib.shards.os.pwrite",
+        "transformers.PreTrainedConfig.save_pretrained",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             assert main(["expand", str(folder), str(tmp_path / "big"), *BIG]) == 2
@@ -148,7 +152,7 @@ def test_the_loser_of_a_race_is_told(folder, tmp_path, capsys, monkeypatch):
         (tmp_path / "big").mkdir()
         (tmp_path / "big" / "mine").write_text("")
 
-    monkeypatch.setattr("growlib.commands.copy_companions", meanwhile)
+    monkeypatch.setattr("growlib.streaming.copy_companions", meanwhile)
     assert main(["expand", str(folder), str(tmp_path / "big"), *BIG]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "small"]
