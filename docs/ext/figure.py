@@ -50,8 +50,8 @@ def kinds(made: TensorPlan, plan: GrowthPlan) -> Tensor:
         several = torch.from_numpy(axis_map.copies())[source] > 1
         return part.index_select(dim, source) | (along(several, dim, part) & (side == "read"))
 
-    unshared = torch.zeros(made.old_shape, dtype=torch.bool)
-    shared = grow_layout(unshared, made.layout, plan, by_axes(plan, mark_shared), unread=0)
+    grow_part = by_axes(plan, mark_shared)
+    shared = grow_layout(torch.zeros(made.old_shape, dtype=torch.bool), made.layout, plan, grow_part)
     origin = plan.new_parameters()[made.name]
     held = torch.where(shared, SHARED, COPIED)
     held = torch.where(origin == growlib.Origin.FREE, NEW, held)
