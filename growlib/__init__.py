@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for the type checker, which does not run __getattr__
     from growlib.origin import Origin
     from growlib.streaming import expand_checkpoint
     from growlib.training import EntryRates, Rewarm, freeze_old, mup_groups
+    from growlib.training_checkpoint import expand_training_checkpoint
     from growlib.verification import Verification, verify
 
 # Each public name and where it stands: imported on first use, so that `growlib --help` need not wait for torch.
@@ -37,6 +38,7 @@ _PLACES = {
     "cache_teacher": "ki",
     "expand": "growth",
     "expand_checkpoint": "streaming",
+    "expand_training_checkpoint": "training_checkpoint",
     "families": "architectures",
     "freeze_old": "training",
     "infer": "inference",

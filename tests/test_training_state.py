@@ -1,0 +1,155 @@
+"""A Trainer's checkpoint grows with all that it holds, and the training goes on."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers as T
+from tiny import tiny, token_ids
+
+import growlib
+from growlib.moments import grown_moment
+
+DOUBLE = {
+    "llama": {"hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 224},
+    "gpt2": {"n_embd": 96, "n_head": 8},
+    "bert": {"hidden_size": 96, "num_attention_heads": 8, "intermediate_size": 224},
+}
+CASES = [
+    ("llama", {"attention_bias": True, "mlp_bias": True}, {"num_hidden_layers": 3}),
+    ("llama", {"tie_word_embeddings": True}, {}),
+    ("llama", {}, {"num_hidden_layers": 3, "intermediate_size": 336}),
+    ("gpt2", {}, {"n_layer": 3}),
+    ("gpt2", {"tie_word_embeddings": False}, {}),
+    ("bert", {}, {}),
+    ("bert", {"tie_word_embeddings": False}, {"intermediate_size": 336}),
+]
+
+
+@pytest.fixture(autouse=True)
+def exact_norms(monkeypatch):
+    """RMSNorm in the precision of its input, which transformers computes in float32."""
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(T.models.llama.modeling_llama.LlamaRMSNorm, "forward", forward)
+
+
+def gradients(model):
+    ids = token_ids(model)
+    model.zero_grad()
+    logits = model(input_ids=ids).logits
+    weights = torch.linspace(-1, 1, 61, dtype=logits.dtype)
+    (logits[..., :61].log_softmax(-1) * weights).mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("family", "options", "target"), CASES)
+def test_first_moments_grow_as_gradients_do(family, options, target):
+    small = tiny(family, **options).double()
+    plan = growlib.plan(small, {**DOUBLE[family], **target}, "copies")
+    assert plan.exact
+    # Maps without free entries: whole copies, and no noise between them.
+    plan = replace(plan, maps={axis: replace(m, copy_noise=0.0) for axis, m in plan.maps.items()})
+    big = growlib.expand(small, plan)
+    old, new, checked = gradients(small), gradients(big), 0
+    for made in plan.tensors:
+        if old.get(made.source) is not None and not made.added:
+            grown = grown_moment(made, old[made.source], plan)
+            torch.testing.assert_close(
+                grown, new[made.name], rtol=1e-10, atol=1e-12, msg=lambda m, n=made.name: f"{n}: {m}"
+            )
+            torch.testing.assert_close(grown_moment(made, old[made.source] ** 2, plan, 2), grown**2, rtol=1e-10, atol=0)
+            checked += 1
+    assert checked == sum(gradient is not None for gradient in old.values())
+
+
+# The Trainer's checkpoints
+
+
+class Lines(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        ids = torch.randint(61, (12,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+class Watched(T.Trainer):
+    """Remembers the first tokens and the loss of each step."""
+
+    def compute_loss(self, model, inputs, *arguments, **named):
+        loss = super().compute_loss(model, inputs, *arguments, **named)
+        value = loss[0] if isinstance(loss, tuple) else loss
+        self.__dict__.setdefault("seen", []).append((inputs["input_ids"][:, 0].tolist(), value.item()))
+        return loss
+
+
+def trainer(model, folder, **options):
+    arguments = T.TrainingArguments(
+        str(folder), max_steps=6, save_steps=3, per_device_train_batch_size=8, learning_rate=1e-3, report_to=[],
+        use_cpu=True, disable_tqdm=True, logging_strategy="no", weight_decay=0.1, **options
+    )  # fmt: skip
+    return Watched(model=model, args=arguments, train_dataset=Lines())
+
+
+FAMILIES = [("llama", {}), ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+            ("bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})]  # fmt: skip
+
+
+def grown_run(tmp_path, family, options, moments, optim):
+    run = trainer(tiny(family, scale=0.1, **options), tmp_path / "small", optim=optim)
+    run.train()
+    growth = {**DOUBLE[family], ("n_layer" if family == "gpt2" else "num_hidden_layers"): 3 if family != "bert" else 2}
+    steps = tmp_path / "big" / "checkpoint-3"
+    plan = growlib.expand_training_checkpoint(tmp_path / "small" / "checkpoint-3", steps, growth, moments=moments)
+    assert plan.exact
+    model = type(run.model).from_pretrained(steps)
+    on = trainer(model, tmp_path / "big", optim=optim)
+    on.train(resume_from_checkpoint=str(steps))
+    return run, on, plan
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "moments"),
+    [(*family, "dual") for family in FAMILIES] + [(*FAMILIES[0], policy) for policy in ("keep-old-zero-new", "reset")],
+)
+def test_the_training_goes_on(family, options, moments, tmp_path):
+    run, on, _ = grown_run(tmp_path, family, options, moments, "adamw_torch")
+    assert on.state.global_step == 6
+    assert [ids for ids, _ in on.seen] == [ids for ids, _ in run.seen[3:]]  # the same data, in the same order
+    losses, before = [loss for _, loss in on.seen], [loss for _, loss in run.seen]
+    assert losses[0] == pytest.approx(before[3], rel=1e-4)  # no jump
+    assert max(losses) < max(before) + 0.05
+    assert on.lr_scheduler.get_last_lr() == run.lr_scheduler.get_last_lr()
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+def test_other_optimizers(optim, tmp_path):
+    run, on, _ = grown_run(tmp_path, "llama", {}, "dual", optim)
+    assert on.seen[0][1] == pytest.approx(run.seen[3][1], rel=1e-4)
+
+
+def test_what_cannot_be_grown_is_told(tmp_path):
+    run = trainer(tiny("llama"), tmp_path / "small")
+    run.train()
+    folder, target = tmp_path / "small" / "checkpoint-3", {"hidden_size": 96}
+    place = tmp_path / "big"
+    with pytest.raises(growlib.GrowError, match="there is no such policy"):
+        growlib.expand_training_checkpoint(folder, place, target, moments="none")
+    state = torch.load(folder / "optimizer.pt")
+    state["state"][0]["hessian"] = torch.zeros(1)
+    torch.save(state, folder / "optimizer.pt")
+    with pytest.raises(growlib.GrowError, match="keeps hessian, which no rule is known for"):
+        growlib.expand_training_checkpoint(folder, place, target)
+    state["param_groups"].append({**state["param_groups"][0], "params": [99]})
+    torch.save(state, folder / "optimizer.pt")
+    with pytest.raises(growlib.GrowError, match="which are not the Trainer's"):
+        growlib.expand_training_checkpoint(folder, place, target)
+    (folder / "optimizer.pt").unlink()
+    (folder / "global_step3").mkdir()
+    with pytest.raises(growlib.GrowError, match="in DeepSpeed's format"):
+        growlib.expand_training_checkpoint(folder, place, target)
+    assert not place.exists()
