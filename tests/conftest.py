@@ -1,3 +1,4 @@
+import logging
 import os
 
 import pytest
@@ -18,6 +19,12 @@ def pytest_cmdline_main(config):
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = min(max(os.cpu_count() or 1, 2), 8) * (not config.option.usepdb)
         config.option.dist = "loadfile"  # fixtures of a module are made once
+
+
+@pytest.fixture(autouse=True)
+def _growlib_speaks():
+    """A recipe that a test ran in this process has silenced growlib's warnings."""
+    logging.getLogger("growlib").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
