@@ -1,7 +1,8 @@
-"""The shares of a budget on a preset of a few steps, and what the recipe refuses."""
+"""The shares of a budget on a preset of a few steps, what the recipe refuses, and the page that it wrote."""
 
 import json
 import re
+from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
@@ -11,8 +12,10 @@ import base.job
 import when_to_grow as recipe
 from base.command import STOPPED
 from base.report import as_markdown
+from base.setting import load_preset
 from base.shares import remarks, table
 
+DOCS = Path(__file__).parent.parent / "docs"
 FIVE_STEPS = (
     'extends = "miniature"\nmethod = "lossless"\n[text]\nmax_bytes = 150_000\n[training]\nsteps = 5\nwarmup_steps = 1\n'
     "[when]\nshares = [0.25, 1.0]\n"
@@ -203,3 +206,21 @@ def test_two_small_models_of_one_factor_are_refused(tmp_path, capsys):
     path.write_text(f'extends = "miniature"\n[when]\nsmall = [{sizes}, {sizes}]\n')
     assert recipe.main(["--preset", str(path), "--out", str(tmp_path / "out")]) == 2
     assert "two of the growths" in capsys.readouterr().err
+
+
+def test_the_page_says_what_its_json_says():
+    results, page = read(DOCS / "results" / "when"), (DOCS / "results" / "when.md").read_text()
+    assert as_markdown(table(results)) in page
+    assert all(f"- {remark}\n" in page for remark in remarks(results))
+    assert f"Date: {results['date']}." in page
+    assert f"`{results['command']}`" in page
+    assert results["setting"]["when"]["seeds"] >= 3
+    assert len(results["scratch"]["sweep"]) >= 2
+    preset = load_preset(results["setting"]["preset"])
+    assert preset.when is not None
+    for name in ("shares", "seeds", "learning_rates"):
+        assert results["setting"]["when"][name] == getattr(preset.when, name)
+    # No number of the advice was made up: each loss and each difference is in what the recipe says.
+    advice, _, _ = page.partition("\n| growth |")
+    said = as_markdown(table(results)) + " ".join(remarks(results))
+    assert not [number for number in re.findall(r"\d\.\d{3}", advice) if number not in said]
