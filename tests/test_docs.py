@@ -356,3 +356,22 @@ def test_the_differences_of_starts_are_those_of_the_runs():
         for seed, cell in enumerate(cell for cell in cells if cell.strip(" |")):
             difference = losses[model, this, seed] - losses[model, against, seed]
             assert float(cell) == pytest.approx(difference, abs=6e-4), (this, against, seed)
+
+
+@pytest.mark.parametrize(
+    ("heading", "runs"),
+    [("Enough text", ["seed-0", "seed-1", "seed-2"]), ("A better teacher", ["teacher-0"]), ("Three times", ["long-0"])],
+)
+def test_the_demo_says_what_its_runs_say(heading, runs):
+    """docs/results/demo.md: losses are those of the JSON, their mean first where there are several runs."""
+    section = (DOCS / "results/demo.md").read_text().split(f"## {heading}")[1].split("\n## ")[0]
+    rows = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in section.splitlines() if line[:2] == "| "
+    }
+    found = [json.loads((DOCS / f"results/demo/{run}.json").read_text()) for run in runs]
+    arms = [{**run["arms"], "small, trained on": run["reference"]} for run in found]
+    assert arms[0].keys() <= rows.keys()
+    for name in arms[0]:
+        losses = [arm[name]["final_eval_loss"] for arm in arms]
+        expected = [sum(losses) / len(losses), *losses] if len(losses) > 1 else losses
+        assert [float(cell) for cell in rows[name][: len(expected)]] == pytest.approx(expected, abs=6e-4), name

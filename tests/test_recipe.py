@@ -216,7 +216,8 @@ def test_every_preset_loads(name):
 
 
 def test_there_are_presets():
-    assert set(presets()) == {"demo", "demo-little-data", "demo-long", "demo-teacher", "gpu", "methods", "miniature"}
+    of_demo = {"demo", "demo-little-data", "demo-long", "demo-teacher"}
+    assert set(presets()) == {*of_demo, "gpu", "methods", "miniature", "when"}
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,21 @@ def run_arm(prepared: Prepared, name: str, shown: str | None = None) -> Mapping[
     return job.run(arm_job(prepared, name, shown), prepared.lab.folder).result
 
 
+def exactness(plan: GrowthPlan) -> str:
+    """Whether a growth is exact, and why not."""
+    return "exact" if plan.exact else "not exact: " + "; ".join(plan.reasons)
+
+
+def text_used(corpus: text.Corpus, blocks: np.ndarray) -> dict[str, Any]:
+    """What was read, and how much of it was trained on and held out."""
+    return {
+        "key": corpus.key,
+        "files": corpus.files,
+        "distinct_training_tokens": int(blocks.size),
+        "held_out_tokens": int(corpus.held_out.size),
+    }
+
+
 def describe(prepared: Prepared) -> dict[str, Any]:
     """The `setting` of results.json: the preset with its overrides, what was grown, and what it ran on."""
     setting, plan = prepared.setting, prepared.plan
@@ -189,13 +204,8 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "tokens_per_step": setting.tokens_per_step,
         "small_model": prepared.small.facts(),
         "teachers": [{"name": one.name, **one.facts()} for one in prepared.teachers],
-        "growth": "exact" if plan.exact else "not exact: " + "; ".join(plan.reasons),
+        "growth": exactness(plan),
         "target_config": sizes_of(plan.config),
-        "text_used": {
-            "key": prepared.corpus.key,
-            "files": prepared.corpus.files,
-            "distinct_training_tokens": int(prepared.blocks.size),
-            "held_out_tokens": int(prepared.corpus.held_out.size),
-        },
+        "text_used": text_used(prepared.corpus, prepared.blocks),
         "environment": environment(),
     }

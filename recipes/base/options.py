@@ -23,12 +23,17 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 
 def add_setting_options(parser: argparse.ArgumentParser, preset: str) -> None:
-    """Those of every recipe that compares trainings."""
-    parser.add_argument("--text", help="a file or folder of text, stdlib, or environment (default: the preset's)")
+    """Those of every recipe that compares trainings and may be given a small model."""
     parser.add_argument(
         "--small", type=Path, help="the folder of a checkpoint with its tokenizer, instead of a new one"
     )
     parser.add_argument("--target", help="a folder or config.json, or KEY=VALUE,... over the small model's config")
+    add_preset_options(parser, preset)
+
+
+def add_preset_options(parser: argparse.ArgumentParser, preset: str) -> None:
+    """Those of every recipe that compares trainings."""
+    parser.add_argument("--text", help="a file or folder of text, stdlib, or environment (default: the preset's)")
     parser.add_argument("--model", help=f"the small model's architecture: {', '.join(MODELS)}")
     parser.add_argument("--preset", default=preset, help=f"{', '.join(presets())}, or a .toml file (default: {preset})")
     parser.add_argument("--train-tokens", type=int, help="train on so many distinct tokens, repeated (0: all)")

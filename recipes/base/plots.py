@@ -1,4 +1,4 @@
-"""The curves of a comparison. A name has one colour and one line in every figure."""
+"""The curves of a comparison, and losses against shares. A name has one colour and one line in every figure."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +15,7 @@ FIXED = {  # no method has these
     "both": {"color": "tab:green"},
 }
 DASHES = ("--", ":", (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
+Spread = Mapping[str, float | None]  # mean and deviation over seeds
 
 
 def style_of(name: str) -> dict[str, Any]:
@@ -34,12 +35,7 @@ def style_of(name: str) -> dict[str, Any]:
 
 def draw_curves(path: Path, curves: Mapping[str, Iterable[Mapping[str, Any]]], small_loss: float) -> None:
     """Held-out loss against FLOPs, a line for each name, with the small model's loss and scratch's final one."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="FLOPs, the teacher's included", ylabel="held-out loss, nats per token")
+    figure, axes = _new("FLOPs, the teacher's included")
     finals = {}
     for name, curve in curves.items():
         points = list(curve)
@@ -51,6 +47,46 @@ def draw_curves(path: Path, curves: Mapping[str, Iterable[Mapping[str, Any]]], s
     ends = [small_loss, *finals.values()]
     axes.set_ylim(min(ends) - 0.1, max(ends) + 1.0)
     axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def draw_shares(
+    path: Path, lines: Mapping[str, Mapping[float, Spread]], alone: Mapping[str, Spread], scratch: Spread
+) -> None:
+    """Held-out loss against the share of a budget, a line for each growth, with the seeds' deviation.
+
+    Args:
+        lines: share -> loss, by growth.
+        alone: the loss of each growth's small model with the whole budget; a growth may be missing.
+        scratch: the loss without a small model.
+    """
+    figure, axes = _new("share of the budget that trains the small model")
+    for number, (name, by_share) in enumerate(lines.items()):
+        color = f"C{number}"
+        means, spreads = zip(*((loss["mean"], loss["deviation"] or 0.0) for loss in by_share.values()), strict=True)
+        axes.errorbar(list(by_share), means, spreads, label=name, color=color, marker="o", markersize=3, capsize=3)
+        if name in alone:
+            label = f"{name}, never grown"
+            axes.plot([1.0], [alone[name]["mean"]], color=color, marker="s", linestyle="", label=label)
+    mean, spread = scratch["mean"], scratch["deviation"] or 0.0
+    assert mean is not None
+    axes.axhline(mean, **FIXED["scratch"], linewidth=0.8, label="scratch")
+    axes.axhspan(mean - spread, mean + spread, **FIXED["scratch"], alpha=0.1)
+    axes.set_xlim(0.0, 1.05)
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _new(across: str) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot(xlabel=across, ylabel="held-out loss, nats per token")
+
+
+def _save(figure: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=150)
     temporary.replace(path)

@@ -125,6 +125,16 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class When:
+    """What when_to_grow.py runs: each small model with each share of the budget and each seed."""
+
+    shares: list[float]  # of the budget, on the small model; 1: it never grows
+    seeds: int  # how many: the setting's seed and the next ones
+    learning_rates: list[float]  # each model trains at its own best one
+    small: list[Sizes]
+
+
+@dataclass(frozen=True)
 class Setting:
     """Everything that decides the result of a run."""
 
@@ -143,6 +153,7 @@ class Setting:
     compare: Compare
     learning_rate: Mapping[str, float]  # per arm, each the winner of a sweep of its own
     teacher: Teacher | None = None  # None: the small model teaches
+    when: When | None = None  # None: nothing for when_to_grow.py
 
     @property
     def tokens_per_step(self) -> int:
@@ -166,7 +177,8 @@ def load_preset(name: str) -> Setting:
     if held_out < length:
         raise GrowError(f"{asked}, text, held_out_tokens", f"{held_out} is less than one sequence", f"{length} or more")
     of_teacher = [("teacher, sizes", setting.teacher.sizes)] if setting.teacher else []
-    for name, sizes in [("initial", setting.initial), ("target", setting.target), *of_teacher]:
+    of_when = [("when, small", sizes) for sizes in setting.when.small] if setting.when else []
+    for name, sizes in [("initial", setting.initial), ("target", setting.target), *of_teacher, *of_when]:
         for whole, part in (("hidden", "heads"), ("heads", "kv_heads")):
             size, parts = getattr(sizes, whole), getattr(sizes, part)
             if size % parts:
