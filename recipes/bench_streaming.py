@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     try:
         target = write_source(folder / "small", options.gigabytes, options.shard)
         if options.depth:
-            layers = LlamaConfig.from_pretrained(folder / "small").num_hidden_layers
+            layers = LlamaConfig.from_pretrained(folder / "small", trust_remote_code=False).num_hidden_layers
             target = {"num_hidden_layers": 3 * layers}
         plan = growlib.plan(folder / "small", target, options.method)
         with watched() as grown:

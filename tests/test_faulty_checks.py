@@ -267,6 +267,7 @@ def test_a_forged_verdict_makes_no_false_plan(verdicts):
             assert not plan.exact or growlib.verify(small, growlib.expand(small, plan)).exact
 
 
+@pytest.mark.slow
 def test_no_home_is_no_obstacle():
     code = "import pathlib\ndef home(cls): raise RuntimeError('no home')\npathlib.Path.home = classmethod(home)\n"
     code += "import growlib, transformers as T\ngrowlib.infer(T.OlmoConfig())\nimport growlib.ki\n"

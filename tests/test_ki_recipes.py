@@ -31,7 +31,13 @@ MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\neva
 
 @pytest.mark.parametrize(
     ("recipe", "count"),
-    [(generations, 7), (domain_adaptation, 38), (teacher_factors, 13), (estimators, 6), (ki_ablations, 21)],
+    [
+        (generations, 7),
+        pytest.param(domain_adaptation, 38, marks=pytest.mark.slow),
+        pytest.param(teacher_factors, 13, marks=pytest.mark.slow),
+        (estimators, 6),
+        (ki_ablations, 21),
+    ],
 )
 def test_a_study_runs_and_a_second_run_uses_its_models(recipe, count, tmp_path):
     preset = tmp_path / "preset.toml"

@@ -10,7 +10,7 @@ Legend: an axis grows from n to N.
 
 M is drawn around the source's mean, as wide as its values. New layers start as the identity: see `depth`.
 
-Fresh parts train better than copies, whose noise cannot make them different enough: docs/results/methods.md. The norm
+Fresh parts train better than copies, whose noise cannot make them different enough: docs/results/defaults.md. The norm
 weight of 2 on new entries lets what reads them learn faster.
 
 Source: the corner is that of composable expansions (arXiv 2308.06103); what is exact under LayerNorm, rotary embedding
