@@ -14,9 +14,10 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from growlib import checkpoint, operators
+from growlib import operators
 from growlib.architectures import families as known_families
 from growlib.architectures import table_of
+from growlib.checkpoint import loading as checkpoint
 from growlib.config import scaled
 from growlib.costs import bytes_of, cost_table, parameters_of, sizes_that_stay
 from growlib.errors import GrowError

@@ -5,7 +5,7 @@ from math import prod
 import torch
 from transformers import PreTrainedConfig
 
-from growlib.checkpoint import dtype_of
+from growlib.checkpoint.loading import dtype_of
 from growlib.growth_plan import GrowthPlan, Shape
 from growlib.layouts import Layout
 

@@ -7,10 +7,11 @@ from functools import partial
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from growlib import checkpoint, config, operators, upcycling
+from growlib import config, operators, upcycling
 from growlib.apply import apply
 from growlib.architectures.schema import Architecture, Growth
-from growlib.checkpoint import Source, dtype_of, logger
+from growlib.checkpoint import loading as checkpoint
+from growlib.checkpoint.loading import Source, dtype_of, logger
 from growlib.config import Target
 from growlib.costs import bytes_of
 from growlib.errors import GrowError

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from growlib import checkpoint
 from growlib.apply import apply
-from growlib.checkpoint import Source, dtype_of
+from growlib.checkpoint import loading as checkpoint
+from growlib.checkpoint.loading import Source, dtype_of
 from growlib.config import Target
 from growlib.errors import GrowError
 from growlib.growth import check_plan, plan_of

@@ -12,20 +12,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from growlib import checkpoint, upcycling
+from growlib import upcycling
 from growlib.apply import grow_tensor
-from growlib.checkpoint import dtype_of, logger
-from growlib.companions import copy_companions
+from growlib.checkpoint import loading as checkpoint
+from growlib.checkpoint.companions import copy_companions
+from growlib.checkpoint.conversions import Stored, Unstreamable, Written, stored_in
+from growlib.checkpoint.loading import dtype_of, logger
+from growlib.checkpoint.model_card import model_card
+from growlib.checkpoint.shards import Shard, bytes_in, shards_of, write_index, write_shards
 from growlib.config import Target
-from growlib.conversions import Stored, Unstreamable, Written, stored_in
 from growlib.costs import bytes_of
 from growlib.errors import GrowError
 from growlib.folders import REQUEST, folder_of, new_folder
 from growlib.growth import expand, settled
 from growlib.growth_plan import GrowthPlan
-from growlib.model_card import model_card
 from growlib.operators import Method
-from growlib.shards import Shard, bytes_in, shards_of, write_index, write_shards
 
 LARGEST = "5GB"  # of one file
 THREADS = 4  # that make tensors, at most

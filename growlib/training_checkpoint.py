@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from growlib import checkpoint
+from growlib.checkpoint import loading as checkpoint
 from growlib.config import Target
 from growlib.errors import GrowError
 from growlib.folders import folder_of

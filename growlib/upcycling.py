@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.architectures.schema import Architecture
-from growlib.checkpoint import class_like, empty_model, fill, skeleton, skeleton_of
+from growlib.checkpoint.loading import class_like, empty_model, fill, skeleton, skeleton_of
 from growlib.config import OWN_FIELDS
 from growlib.errors import GrowError
 from growlib.free_values import normal

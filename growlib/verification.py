@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from growlib import checkpoint
-from growlib.checkpoint import Source
+from growlib.checkpoint import loading as checkpoint
+from growlib.checkpoint.loading import Source
+from growlib.checkpoint.mapped import mapped_model
 from growlib.config import is_mixture
 from growlib.errors import GrowError
 from growlib.growth_plan import FILE, GrowthPlan
-from growlib.mapped import mapped_model
 from growlib.outputs import TOLERANCE, distance, inputs_of, outputs
 
 LENGTH = 16  # tokens of the default inputs

@@ -23,8 +23,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import growlib
-from growlib.checkpoint import skeleton_of
-from growlib.shards import shards_of, write_index, write_shards
+from growlib.checkpoint.loading import skeleton_of
+from growlib.checkpoint.shards import shards_of, write_index, write_shards
 
 # Of a Llama of 1 GB or more, and of a smaller one: the widths, and the parameters of a layer and of both embeddings.
 LARGE: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,

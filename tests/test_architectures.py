@@ -7,7 +7,7 @@ import transformers as T
 import growlib
 from growlib.architectures import _OWN, table_of
 from growlib.architectures.schema import ROLES, read_table
-from growlib.checkpoint import skeleton
+from growlib.checkpoint.loading import skeleton
 from growlib.errors import GrowError
 from growlib.layouts import parse_layout
 from growlib.operators.copies import RULES

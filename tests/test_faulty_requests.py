@@ -111,7 +111,7 @@ def test_a_part_of_a_field_can_be_named():
 
 
 def test_the_place_is_checked_before_the_work(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("growlib.checkpoint.load", None)  # would fail
+    monkeypatch.setattr("growlib.checkpoint.loading.load", None)  # would fail
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -137,7 +137,7 @@ def test_a_disk_that_fills_up_leaves_nothing(folder, tmp_path, capsys, monkeypat
 
     for place in (
         "growlib.streaming.copy_companions",
-        "growlib.shards.os.pwrite",
+        "growlib.checkpoint.shards.os.pwrite",
         "transformers.PreTrainedConfig.save_pretrained",
     ):
         with monkeypatch.context() as patch:

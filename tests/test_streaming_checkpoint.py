@@ -15,9 +15,11 @@ from tiny import HEADS, tiny
 
 import bench_streaming
 import growlib
-from growlib import GrowError, checkpoint, conversions, shards, streaming
+from growlib import GrowError, streaming
+from growlib.checkpoint import conversions, shards
+from growlib.checkpoint import loading as checkpoint
+from growlib.checkpoint.conversions import Written, stored_in
 from growlib.cli import main
-from growlib.conversions import Written, stored_in
 from growlib.inference.tiny import tiny_config, tiny_model
 
 WIDER = {
@@ -265,7 +267,7 @@ def test_layer_by_layer_says_what_whole_models_say(family, dtype, tmp_path):
 
 
 def test_layer_by_layer_no_parameter_stays_in_memory(tmp_path):
-    from growlib.mapped import mapped_model
+    from growlib.checkpoint.mapped import mapped_model
 
     tiny("llama").save_pretrained(tmp_path / "small")
     model, seen = mapped_model(tmp_path / "small"), []
@@ -283,7 +285,7 @@ def test_layer_by_layer_no_parameter_stays_in_memory(tmp_path):
 def test_the_closing_check_of_large_models_reads_them_layer_by_layer(tmp_path, capsys, monkeypatch):
     tiny("llama").save_pretrained(tmp_path / "small")
     monkeypatch.setattr("growlib.commands.fits_into_memory", lambda needed: False)
-    monkeypatch.setattr("growlib.checkpoint.load", None)
+    monkeypatch.setattr("growlib.checkpoint.loading.load", None)
     assert main(["expand", str(tmp_path / "small"), str(tmp_path / "big"), "--set", "hidden_size=72", "--exact"]) == 0
     assert "exact: max |Δ|" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "small"), str(tmp_path / "big"), "--streaming"]) == 0

@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from growlib import checkpoint
+from growlib.checkpoint import loading as checkpoint
 from growlib.errors import GrowError
 from growlib.growth import expand, plan
 from growlib.growth_plan import GrowthPlan

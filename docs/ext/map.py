@@ -27,7 +27,7 @@ Data flows one way. The two halves do not import each other; recipes and the com
 ```text
 weights                                      knowledge
 
-checkpoint     checkpoint.py                 teacher     ki/teacher.py
+checkpoint     checkpoint/                   teacher     ki/teacher.py
     ↓                                            ↓
 architecture   architectures/, inference/    targets     ki/targets.py, ki/cache/
     ↓                                            ↓
@@ -37,7 +37,7 @@ plan           planner.py, growth_plan.py    trainer     ki/trainer.py
     ↓
 apply          apply.py
     ↓
-checkpoint     checkpoint.py
+checkpoint     checkpoint/
 ```
 
 ## What each file is for

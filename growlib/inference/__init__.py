@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.architectures import families, is_tested, table_of
 from growlib.architectures.schema import Architecture, Growth, Verdict, from_table, to_table
-from growlib.checkpoint import class_of
+from growlib.checkpoint.loading import class_of
 from growlib.config import OWN_FIELDS
 from growlib.errors import GrowError
 from growlib.inference import variants

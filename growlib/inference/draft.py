@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from growlib.architectures.schema import Stack
-from growlib.checkpoint import skeleton
+from growlib.checkpoint.loading import skeleton
 from growlib.growth_plan import Skeleton
 from growlib.inference import probe
 from growlib.inference.probe import Norm, Trace

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from growlib.architectures.schema import Architecture
-from growlib.checkpoint import skeleton
+from growlib.checkpoint.loading import skeleton
 from growlib.inference import probe
 from growlib.inference.draft import (
     FIXED,

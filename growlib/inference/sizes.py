@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.architectures.schema import size_of
-from growlib.checkpoint import skeleton_of
+from growlib.checkpoint.loading import skeleton_of
 from growlib.config import DERIVED_FIELDS, lengthen
 from growlib.growth_plan import Skeleton
 from growlib.inference.tiny import SIZE_OF

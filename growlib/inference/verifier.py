@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.apply import apply
 from growlib.architectures.schema import EVERYTHING, EXACT, RESIDUAL, Architecture, Axis, Growth, Verdict
-from growlib.checkpoint import empty_model, fill, skeleton, skeleton_of
+from growlib.checkpoint.loading import empty_model, fill, skeleton, skeleton_of
 from growlib.inference.sizes import changed
 from growlib.operators import Method, method
 from growlib.outputs import TOLERANCE, distance, inputs_of, outputs

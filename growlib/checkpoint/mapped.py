@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from growlib.conversions import Stored, Unstreamable, stored_in
+from growlib.checkpoint.conversions import Stored, Unstreamable, stored_in
 from growlib.errors import GrowError
 from growlib.folders import folder_of
 

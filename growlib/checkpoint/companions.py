@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from growlib.checkpoint import logger
+from growlib.checkpoint.loading import logger
 from growlib.folders import INDEX, WEIGHTS
 from growlib.growth_plan import FILE
 

@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import _get_tied_weight_keys
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from growlib.checkpoint import class_of, config_in, dtype_of
+from growlib.checkpoint.loading import class_of, config_in, dtype_of
 from growlib.folders import FLOATS, tensors_in
 
 DTYPES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from growlib.conversions import DTYPES
+from growlib.checkpoint.conversions import DTYPES
 from growlib.errors import GrowError
 from growlib.folders import INDEX, SINGLE
 
