@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 
 import growlib
-from growlib import GrowError, checkpoint, inference
+from growlib import GrowError, inference
 from growlib.architectures.schema import to_table
+from growlib.checkpoint import loading as checkpoint
 from growlib.cli import main
 
 WIDER = {"hidden_size": 96}

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tiny import JSON, tiny
 
 import growlib
-from growlib import GrowError, checkpoint, limits
+from growlib import GrowError, limits
+from growlib.checkpoint import loading as checkpoint
 from growlib.cli import main
 from growlib.folders import new_folder
 

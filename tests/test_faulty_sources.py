@@ -19,7 +19,8 @@ from tiny import JSON, edit, tiny
 from torch import nn
 
 import growlib
-from growlib import GrowError, checkpoint
+from growlib import GrowError
+from growlib.checkpoint import loading as checkpoint
 from growlib.cli import main
 from growlib.folders import INDEX
 

@@ -16,7 +16,8 @@ from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import growlib
-from growlib import GrowError, checkpoint
+from growlib import GrowError
+from growlib.checkpoint import loading as checkpoint
 from growlib.inference import architecture_of
 from growlib.learning import _loss_through, _to_factors
 from growlib.operators import ligo, method
