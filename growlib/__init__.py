@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for the type checker, which does not run __getattr__
     from growlib.maps import AxisMap, LayerMap
     from growlib.operators import Method, methods, register
     from growlib.origin import Origin
+    from growlib.record import GrowthRecord
     from growlib.streaming import expand_checkpoint
     from growlib.training import EntryRates, Rewarm, freeze_old, mup_groups
     from growlib.training_checkpoint import expand_training_checkpoint
@@ -27,6 +28,7 @@ _PLACES = {
     "EntryRates": "training",
     "GrowError": "errors",
     "GrowthPlan": "growth_plan",
+    "GrowthRecord": "record",
     "KIConfig": "ki",
     "KIMixin": "ki",
     "KITrainer": "ki",

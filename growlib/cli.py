@@ -68,6 +68,7 @@ def _parser() -> Parser:
     _growth_options(command)
     command.add_argument("--dtype", help="of the result, such as bfloat16 (default: the source's)")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: %(default)s)")
+    command.add_argument("--push-to-hub", metavar="NAME", help="upload the result there, such as me/big; private")
     command = _command(commands, "plan", "show what a growth would do, without weights and without running it")
     command.add_argument("source", help="a folder (a config.json alone will do) or a hub id")
     _growth_options(command)

@@ -18,6 +18,7 @@ from growlib import operators
 from growlib.architectures import families as known_families
 from growlib.architectures import table_of
 from growlib.checkpoint import loading as checkpoint
+from growlib.checkpoint.hub import repository, upload
 from growlib.config import scaled
 from growlib.costs import bytes_of, cost_table, parameters_of, sizes_that_stay
 from growlib.errors import GrowError
@@ -39,6 +40,7 @@ transformers_logging.disable_progress_bar()
 
 def expand(options: argparse.Namespace) -> int:
     growth = _plan(options)
+    hub = repository(options.push_to_hub) if options.push_to_hub else None
     checked: list[tuple[int, str]] = []
 
     def check(folder: Path) -> str:
@@ -58,6 +60,8 @@ def expand(options: argparse.Namespace) -> int:
         )
     ((code, measured),) = checked
     print(f"{options.destination}: {parameters_of(growth):,} parameters, {measured}")
+    if hub:
+        print(f"{options.push_to_hub}: {upload(hub, options.push_to_hub, options.destination)}")
     return code
 
 

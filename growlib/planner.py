@@ -1,5 +1,6 @@
 """Decide a growth: from two skeletons and a method to the frozen plan."""
 
+import copy
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -75,7 +76,7 @@ def make_plan(request: Request) -> GrowthPlan:
         method=method.name,
         seed=request.seed,
         model_class=source.model_class,
-        source=source.config,
+        source=copy.deepcopy(source.config),  # the model's own may change
         config=target.config,
         old_sizes=request.old,
         new_sizes=request.new,

@@ -1,6 +1,5 @@
 """From a checkpoint on disk to a larger one on disk, tensor by tensor: no model is in memory."""
 
-import copy
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from growlib.checkpoint import loading as checkpoint
 from growlib.checkpoint.companions import copy_companions
 from growlib.checkpoint.conversions import Stored, Unstreamable, Written, stored_in
 from growlib.checkpoint.loading import dtype_of, logger
-from growlib.checkpoint.model_card import model_card
+from growlib.checkpoint.model_card import CARD, model_card
 from growlib.checkpoint.shards import Shard, bytes_in, shards_of, write_index, write_shards
 from growlib.config import Target
 from growlib.costs import bytes_of
@@ -105,7 +104,7 @@ def write_grown(
         growth.save(new)
         copy_companions(folder, new, {growth.old_sizes["hidden"]: growth.new_sizes["hidden"]})
         measured = check(new) if check else ""
-        (new / "README.md").write_text(model_card(src, folder, growth, measured), encoding="utf-8")
+        (new / CARD).write_text(model_card(src, folder, growth, measured), encoding="utf-8")
     return growth
 
 
@@ -124,7 +123,7 @@ def _job(asked: str, folder: Path, growth: GrowthPlan, dtype: torch.dtype | None
     source, config = stored.model, stored.model.config
     grown_class = checkpoint.class_like(type(source), config.model_type, growth.config)
     with torch.device("meta"):
-        grown = checkpoint.empty_model(source, copy.deepcopy(growth.config), dtype or source.dtype, grown_class)
+        grown = checkpoint.empty_model(source, growth.config, dtype or source.dtype, grown_class)
     target = Written(grown)
     tensors = {name: tensor for group in target.groups for name, tensor in group.stored.items()}
     return _Job(stored, target, shards_of(tensors, largest))

@@ -236,3 +236,12 @@ def test_a_frozen_plan_can_be_replaced_but_not_changed():
     with pytest.raises(AttributeError):
         plan.seed = 7
     assert replace(plan, seed=7) != plan
+
+
+def test_a_plan_shares_no_config_with_a_model():
+    small = tiny("llama")
+    plan = growlib.plan(small, {"hidden_size": 72})
+    before = plan.to_dict()
+    big = growlib.expand(small, plan)
+    small.config.use_cache = big.config.use_cache = False  # as the Trainer does
+    assert plan.to_dict() == before

@@ -198,6 +198,7 @@ def empty_model(
     model_class: type[PreTrainedModel] | None = None,
 ) -> PreTrainedModel:
     """A model of another size, by default of the same class, its parameters not yet set, its buffers computed."""
+    config = copy.deepcopy(config)  # the Trainer writes into a model's config; the plan that holds it is frozen
     with no_init_weights():
         attention = like.config._attn_implementation
         model = (model_class or type(like))._from_config(config, dtype=dtype, attn_implementation=attention)

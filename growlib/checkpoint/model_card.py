@@ -9,6 +9,7 @@ from huggingface_hub import metadata_load
 
 from growlib.growth_plan import GrowthPlan
 
+CARD = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the source's own card
 LIBRARIES = ("growlib", "transformers", "torch")
 LINES = 10  # of the plan
@@ -56,7 +57,7 @@ def model_card(source: str | Path, folder: Path, plan: GrowthPlan, measured: str
 def _inherited(folder: Path) -> dict[str, Any]:
     """What the source's own card says that holds for the grown model too."""
     try:
-        known = metadata_load(folder / "README.md") or {}
+        known = metadata_load(folder / CARD) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return {key: known[key] for key in INHERITED if key in known}

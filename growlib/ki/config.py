@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -110,9 +111,23 @@ class KIConfig:
         if not valid:
             raise GrowError(f"KIConfig({name}={short(getattr(self, name))})", "the value cannot be used", what_is_valid)
 
+    def described(self) -> dict[str, Any]:
+        """The settings as JSON takes them. A model, or a folder, is told by its name alone; a function by its repr."""
+        return {field.name: _described(getattr(self, field.name)) for field in fields(self)}
+
     def alpha_at(self, progress: float) -> float:
         """α at a progress in [0, 1]; with "auto", as long as the teacher stays. GrowError as `Schedule`."""
         return self.alpha * schedule_of(self.schedule)(progress, 1.0 if isinstance(self.stop_at, str) else self.stop_at)
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _described(one) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return [_described(one) for one in value]
+    if isinstance(value, str | os.PathLike):
+        return Path(value).resolve().name if Path(value).is_dir() else str(value)
+    return value if value is None or isinstance(value, bool | int | float) else short(value)
 
 
 def _is_number(value: Any) -> bool:

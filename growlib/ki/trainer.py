@@ -1,8 +1,10 @@
 """Knowledge Inheritance inside the Hugging Face Trainer."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ from growlib.ki.providers import DOMAIN, TeacherProvider, WithDomain, load_provi
 from growlib.ki.step import ASKED, KIMetrics, Step, held_out_ce, linear_step, logits_of, plain_step
 from growlib.ki.stop import StopWhenPassed
 from growlib.ki.tasks import WITHOUT_HEAD, Positions, Task, outcomes, task_of
+
+SETTINGS = "ki.json"  # beside what is saved: the teacher's settings
 
 if TYPE_CHECKING:  # a mixin's super() calls are typed by the class that it is mixed into
     _Base = Trainer
@@ -146,6 +150,12 @@ class KIMixin(_Base):
         if self.args.logging_nan_inf_filter and not is_torch_xla_available():  # the Trainer reads the loss now, too
             self._ki_guard.check()
         return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.ki is not None and self.args.should_save:
+            path = Path(output_dir or str(self.args.output_dir)) / SETTINGS
+            path.write_text(json.dumps(self.ki.described(), indent=2) + "\n", encoding="utf-8")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the `ki/` values to the training logs, which are those that hold `loss`."""
