@@ -120,8 +120,17 @@ def _growth_options(command: Parser) -> None:
 
 
 def _cache_options(command: Parser) -> None:
-    command.usage = "growlib cache TEACHER DATA FOLDER [options] | growlib cache verify FOLDER [TEACHER DATA]"
-    command.add_argument("arguments", nargs="+", help="DATA: a .npy array of token ids, a .jsonl file, or text")
+    command.usage = "growlib cache TEACHER DATA FOLDER [options] | growlib cache answers FILE FOLDER [options] | "
+    command.usage += "growlib cache verify FOLDER [TEACHER DATA]"
+    command.add_argument(
+        "arguments",
+        nargs="+",
+        help="TEACHER: a checkpoint, or the address of a server; DATA: a .npy array of token ids, a .jsonl file, or "
+        "text; FILE: a .jsonl file of a server's answers",
+    )
+    command.add_argument("--model", metavar="NAME", help="the server's name for the teacher")
+    command.add_argument("--tokenizer", metavar="FOLDER", help="of a served teacher")
+    command.add_argument("--vocab", type=int, metavar="N", help="token ids of a served teacher (default: tokenizer's)")
     command.add_argument("--top-k", type=int, default=16, help="exact tokens per position (default: %(default)s)")
     command.add_argument("--samples", type=int, default=12, help="draws per position (default: %(default)s)")
     command.add_argument("--temperature", type=float, default=1.0, help="of the softmax (default: %(default)s)")

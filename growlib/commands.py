@@ -186,16 +186,24 @@ def _check(model_type: str) -> int:
 
 def cache(options: argparse.Namespace) -> int:
     # Here, because it imports the Trainer, which the other commands do not need.
-    from growlib.ki import cache_teacher, verify_cache
+    from growlib.ki import AnswerFile, Server, cache_served, cache_teacher, verify_cache
     from growlib.ki.cache.data import padded, read_examples
     from growlib.ki.sources import load_teacher, tokenizer_at
     from growlib.ki.tasks import task_of
 
     words = options.arguments
-    verifying = words[0] == "verify"
+    verifying, is_served = words[0] == "verify", words[0].startswith(("http://", "https://"))
     if len(words) not in ((2, 4) if verifying else (3,)):
-        valid = "growlib cache TEACHER DATA FOLDER, or growlib cache verify FOLDER [TEACHER DATA]"
+        valid = "growlib cache TEACHER DATA FOLDER, growlib cache answers FILE FOLDER, or growlib cache verify FOLDER"
         raise GrowError("growlib cache " + " ".join(words), f"these are {len(words)} arguments", valid)
+    if words[0] == "answers" or is_served:
+        tokenizer = tokenizer_at(options.tokenizer) if options.tokenizer else None
+        server = Server(words[0], options.model or "", options.top_k) if is_served else None
+        asked: Any = read_examples(words[1], tokenizer, options.length) if is_served else AnswerFile(words[1])
+        return _told(
+            cache_served(asked, words[2], server=server, top_k=options.top_k, vocab=options.vocab, tokenizer=tokenizer),
+            words[2],
+        )
     teacher, data = words[2:] or ("", "") if verifying else words[:2]
     tokenizer = tokenizer_at(teacher) if teacher else None
     dataset = read_examples(data, tokenizer, options.length) if data else None
@@ -222,8 +230,12 @@ def cache(options: argparse.Namespace) -> int:
         held_out=held_out,
         batch_size=options.batch_size,
     )
+    return _told(written, words[2])
+
+
+def _told(written: Any, folder: str) -> int:
     each = written.bytes_on_disk / max(written.positions, 1)
-    print(f"{words[2]}: {len(written):,} examples, {written.positions:,} positions of {each:.1f} bytes on disk")
+    print(f"{folder}: {len(written):,} examples, {written.positions:,} positions of {each:.1f} bytes on disk")
     print(f"the teacher's loss there: {written.teacher_ce:.4f}")
     return 0
 

@@ -3,6 +3,7 @@
 from growlib.ki.cache.capture import cache_teacher
 from growlib.ki.cache.data import read_examples
 from growlib.ki.cache.reader import TeacherCache
+from growlib.ki.cache.served import AnswerFile, Server, cache_served
 from growlib.ki.cache.verification import CacheVerification, verify_cache
 from growlib.ki.config import KIConfig
 from growlib.ki.linear import linear_ki_loss
@@ -18,6 +19,7 @@ from growlib.ki.treatments import TREATMENTS
 __all__ = [
     "SCHEDULES",
     "TREATMENTS",
+    "AnswerFile",
     "CacheVerification",
     "KIConfig",
     "KILoss",
@@ -26,8 +28,10 @@ __all__ = [
     "MaskedExamples",
     "Projection",
     "Schedule",
+    "Server",
     "Targets",
     "TeacherCache",
+    "cache_served",
     "cache_teacher",
     "ki_loss",
     "linear_ki_loss",

@@ -3,11 +3,12 @@
 import dataclasses
 import operator
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import chain, islice
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
@@ -109,7 +110,7 @@ def cache_teacher(
             batch_size=batch_size,
             held_out_ce=None if held_out is None else recorder.mean_ce(held_out),
         )
-        _write(folder, header, glance.positions, recorder, examples, state)
+        write_cache(folder, header, glance.positions, recorder, examples, state)
     finally:
         reader.give_back()
     return TeacherCache(folder)
@@ -145,8 +146,16 @@ def placed(teacher: Any, task: str | None, dtype: torch.dtype | None) -> tuple[P
     return model, lent
 
 
-def _write(
-    folder: Path, header: shards.Header, positions: float, recorder: Recorder, dataset: Examples, state: PartialState
+class Stores(Protocol):
+    """What makes the contents of a shard."""
+
+    def stored(self, examples: Iterable[Any], first: int) -> list[shards.StoredExample]:
+        """Of these examples, the first of which has the number `first`."""
+        ...
+
+
+def write_cache(
+    folder: Path, header: shards.Header, positions: float, recorder: Stores, dataset: Examples, state: PartialState
 ) -> None:
     """Write all files that are missing; GrowError, in every process, where the main one cannot begin."""
     with ExitStack() as stack:
@@ -157,7 +166,7 @@ def _write(
         _fill(folder, header, recorder, dataset, state)
 
 
-def _fill(folder: Path, header: shards.Header, recorder: Recorder, dataset: Examples, state: PartialState) -> None:
+def _fill(folder: Path, header: shards.Header, recorder: Stores, dataset: Examples, state: PartialState) -> None:
     """Write the shards that are missing, shared out among the processes."""
     missing = [number for number in range(header.shards) if not shards.shard_path(folder, number).exists()]
     missing = broadcast_object_list([missing])[0]
