@@ -28,6 +28,7 @@ steps = 4
 warmup_steps = 1
 evaluations = 2
 [teacher]
+start = "fresh"
 text = "same"
 steps = 6
 learning_rate = 4e-3
@@ -103,6 +104,17 @@ def test_a_teacher_starts_and_reads_otherwise_than_the_arms(taught):
         decided[path.name.rpartition("-")[0]] = json.loads((path / "facts.json").read_text())["decided_by"]
     assert len({decided[name]["seed"] for name in ("teacher", "scratch")}) == 2
     assert len({decided[name]["order"] for name in ("teacher", "small", "scratch", "reference")}) == 4
+
+
+def test_a_teacher_may_be_grown_from_the_small_model(taught, tmp_path):
+    (tmp_path / "preset.toml").write_text(WITH_TEACHER.replace("fresh", "grown").replace("ffn = 40", "ffn = 48"))
+    out = shutil.copytree(taught / "out", tmp_path / "out")
+    arguments = ["--preset", str(tmp_path / "preset.toml"), "--arms", "knowledge", "--no-reference"]
+    assert recipe.main([*arguments, "--out", str(out)]) == 0
+    decided = [json.loads(path.read_text())["decided_by"] for path in out.glob("trainings/teacher-*/facts.json")]
+    (grown,) = [one["start"] for one in decided if "grown" in one["start"]]
+    assert grown["grown"] == results_of(out)["setting"]["small_model"]["key"]
+    assert len(decided) == 2
 
 
 def test_the_arms_without_knowledge_need_no_teacher(taught, tmp_path):
@@ -367,7 +379,8 @@ def test_a_loss_that_is_not_finite_is_an_error_and_is_not_kept(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("toml", "says"),
     [
-        ("[teacher]\nsteps = 3\n", "teacher: missing: sizes, text, learning_rate"),
+        ("[teacher]\nsteps = 3\n", "teacher: missing: sizes, start, text, learning_rate"),
+        (WITH_TEACHER.partition("\n")[2].replace("fresh", "old"), "'old' is no start. Valid: one of fresh, grown"),
         ("[knowledge]\nstop_at = [1]\n", "is no float or str"),
         ("[compare]\nlearning_rates = [true]\n", "True is no float"),
         ('[learning_rate]\nboth = "high"\n', "'high' is no float"),

@@ -106,7 +106,7 @@ def prepare(
     else:
         of_small = trained("small", job.run(_small_job(lab, corpus, start), folder))
     if setting.teacher and not teachers:
-        of_teacher = _teacher_job(lab, corpus, model)
+        of_teacher = _teacher_job(lab, corpus, model, of_small)
         if teaches or job.finished(of_teacher, folder):
             known = [trained("teacher", job.run(of_teacher, folder))]
     else:
@@ -137,7 +137,7 @@ def _given_teacher(path: Path, small: PreTrainedModel, lab: Lab) -> Known:
     return given("--teacher", path, model, lab)
 
 
-def _teacher_job(lab: Lab, corpus: text.Corpus, small: PreTrainedModel) -> Job:
+def _teacher_job(lab: Lab, corpus: text.Corpus, small: PreTrainedModel, of_small: Known) -> Job:
     setting, wanted = lab.setting, lab.setting.teacher
     assert wanted is not None
     config = copy.deepcopy(small.config)
@@ -145,7 +145,10 @@ def _teacher_job(lab: Lab, corpus: text.Corpus, small: PreTrainedModel) -> Job:
     _, blocks = text.share_text(corpus, setting.text.train_tokens, wanted.text)
     # Other initial values too: an arm of the same sizes must not start where its teacher did.
     seed = setting.seed + 3
-    start, rate = Fresh(type(small), config), wanted.learning_rate
+    start: Fresh | Grown = Fresh(type(small), config)
+    if wanted.start == "grown":
+        start = Grown(of_small.checkpoint, config, setting.method, setting.learned)
+    rate = wanted.learning_rate
     return lab.job("teacher", start, {TEXT: blocks}, learning_rate=rate, steps=wanted.steps, seed=seed, order=seed)
 
 

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from growlib import GrowError
 
 PRESETS = Path(__file__).parent.parent / "presets"
+STARTS = ("fresh", "grown")
 MAY_BE_0 = {"seed", "max_bytes", "tokenizer_bytes", "train_tokens", "warmup_steps"}  # of the whole numbers
 
 
@@ -76,9 +77,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher of the arms with knowledge that is trained for it, from random values, as the small model is."""
+    """A teacher of the arms with knowledge that is trained for it."""
 
     sizes: Sizes
+    start: str  # "fresh": from random values, or "grown": from the small model, with the setting's method
     text: str  # as in `Small`
     steps: int
     learning_rate: float
@@ -176,6 +178,9 @@ def load_preset(name: str) -> Setting:
     length, held_out = setting.text.sequence_length, setting.text.held_out_tokens
     if held_out < length:
         raise GrowError(f"{asked}, text, held_out_tokens", f"{held_out} is less than one sequence", f"{length} or more")
+    if setting.teacher and setting.teacher.start not in STARTS:
+        wrong = f"{setting.teacher.start!r} is no start"
+        raise GrowError(f"{asked}, teacher, start", wrong, f"one of {', '.join(STARTS)}")
     of_teacher = [("teacher, sizes", setting.teacher.sizes)] if setting.teacher else []
     of_when = [("when, small", sizes) for sizes in setting.when.small] if setting.when else []
     for name, sizes in [("initial", setting.initial), ("target", setting.target), *of_teacher, *of_when]:
