@@ -19,7 +19,7 @@ from growlib.architectures import families as known_families
 from growlib.architectures import table_of
 from growlib.checkpoint import loading as checkpoint
 from growlib.checkpoint.hub import repository, upload
-from growlib.config import scaled
+from growlib.config import Target, scaled
 from growlib.costs import bytes_of, cost_table, parameters_of, sizes_that_stay
 from growlib.errors import GrowError
 from growlib.growth import plan as decide
@@ -27,6 +27,7 @@ from growlib.growth_plan import GrowthPlan
 from growlib.inference import architecture_of, verified
 from growlib.layouts import layout_text
 from growlib.limits import fits_into_memory
+from growlib.nearest import nearest_exact
 from growlib.papers import bibtex
 from growlib.progress import progress_bar
 from growlib.streaming import write_grown
@@ -83,17 +84,34 @@ def _measured(options: argparse.Namespace, folder: Path, growth: GrowthPlan) -> 
 
 
 def plan(options: argparse.Namespace) -> int:
-    growth = _plan(options)
+    try:
+        growth = _plan(options)
+    except GrowError as error:
+        offer = _nearest(options)
+        raise GrowError(error.asked, error.wrong, f"{error.valid}; {offer}" if offer else error.valid) from error
     if options.save:
         growth.save(options.save)
     if options.json:
         print(json.dumps(growth.to_dict()))
         return 0
     print(growth)
+    if growth.reasons and (offer := _nearest(options)):
+        print(textwrap.fill(offer, WIDTH, subsequent_indent="  "))
     stays = ", ".join(f"{field}={size}" for field, size in sizes_that_stay(growth).items())
     print("\n" + textwrap.fill(f"sizes that stay: {stays or 'none'}", WIDTH, subsequent_indent="  "))
     print("\n" + _table(cost_table(growth)))
     return 0
+
+
+def _nearest(options: argparse.Namespace) -> str:
+    """The exact growth that is nearest to what the options ask for, in words; empty where none is found."""
+    if options.plan:
+        return ""
+    try:
+        found = nearest_exact(options.source, _target(options), options.method or "lossless")
+    except GrowError:
+        return ""
+    return "nearest exact: " + ", ".join(f"{name}={value}" for name, value in found.items()) if found else ""
 
 
 def _plan(options: argparse.Namespace) -> GrowthPlan:
@@ -116,15 +134,19 @@ def _any_plan(options: argparse.Namespace) -> GrowthPlan:
         if options.method or options.seed is not None:
             raise GrowError(f"--plan {options.plan}", "it says method and seed by itself", "--plan alone")
         return GrowthPlan.load(options.plan)
-    method, seed = options.method or "lossless", options.seed or 0
+    return decide(options.source, _target(options), options.method or "lossless", seed=options.seed or 0)
+
+
+def _target(options: argparse.Namespace) -> Target:
+    """What --config, or --set and --scale, ask for."""
     if options.config:
-        return decide(options.source, options.config, method, seed=seed)
+        return str(options.config)
     target: dict[str, Any] = dict(_setting("--set", text) for text in options.set)
     if options.scale:
         model_class, skeleton = checkpoint.describe(options.source)
         factors = dict(_setting("--scale", text) for text in options.scale)
         target = scaled(skeleton.config, architecture_of(skeleton.config, model_class), factors) | target
-    return decide(options.source, target, method, seed=seed)
+    return target
 
 
 def _setting(option: str, text: str) -> tuple[str, Any]:

@@ -49,8 +49,7 @@ def plan_of(
     effect_of = partial(fields.effect_of, model_class, source.config)
     if isinstance(target_config, PreTrainedConfig | Mapping):
         refuse_impossible(source, table, target_config)
-    layers = chosen if chosen.depth else operators.method("lossless")  # so that make_plan can say that depth is missing
-    target = config.resolve(source.config, target_config, table, lambda old, new: layer_map(layers, old, new).source)
+    target = target_of(source.config, table, target_config, chosen)
     if target.model_type == source.config.model_type:
         if chosen.reset:
             raise GrowError(f"method {chosen.name!r}", "the target has no experts to make", "the config of a mixture")
@@ -63,6 +62,12 @@ def plan_of(
     mixture_class = checkpoint.class_like(model_class, source.config.model_type, target)
     growth = upcycling.joined(growth, mixture, checkpoint.skeleton_of(mixture_class, target))
     return replace(growth, dtype=_dtype_in(target_config))
+
+
+def target_of(source: PreTrainedConfig, table: Architecture, target_config: Target, chosen: Method) -> PreTrainedConfig:
+    """The config that is asked for. Raises GrowError as `config.resolve`."""
+    layers = chosen if chosen.depth else operators.method("lossless")  # so that make_plan can say that depth is missing
+    return config.resolve(source, target_config, table, lambda old, new: layer_map(layers, old, new).source)
 
 
 def _checked(growth: GrowthPlan, table: Architecture, model_class: type[PreTrainedModel], chosen: Method) -> GrowthPlan:

@@ -11,26 +11,31 @@ from transformers import PreTrainedTokenizerBase
 
 from growlib.errors import GrowError
 from growlib.ki.cache.examples import DIGEST_BYTES, Example, examples_of
+from growlib.ki.cache.remote import fetched, files_at, is_remote
 from growlib.ki.cache.shards import HEADER, Shard, read_header, shard_path, tokenizer_hash
 from growlib.ki.targets import Targets
 from growlib.ki.tasks import Positions
 
 
 def is_cache(path: Any) -> bool:
-    """Whether a folder holds a cache, finished or not."""
+    """Whether a folder holds a cache, finished or not. GrowError where a place elsewhere is out of reach."""
+    if is_remote(path):
+        return HEADER in files_at(path)
     return isinstance(path, str | os.PathLike) and os.path.isfile(os.path.join(os.path.expanduser(path), HEADER))
 
 
 class TeacherCache:
     """A finished cache, its records memory-mapped. Its `header` describes it.
 
+    A cache elsewhere (`s3://...`, any protocol of fsspec) is fetched once, into the Hugging Face home of this machine.
+
     Raises:
-        GrowError: it is unfinished, damaged or no cache.
+        GrowError: it is unfinished, damaged, out of reach or no cache.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(os.path.expanduser(path))
-        self._asked = f"reading the teacher's cache {str(self.path)!r}"
+        self.path = fetched(str(path)) if is_remote(path) else Path(os.path.expanduser(path))
+        self._asked = f"reading the teacher's cache {str(path)!r}"
         self.header = read_header(self.path)
         self.shards = [Shard(shard_path(self.path, n), self.header) for n in range(self.header.shards)]
         digests = np.concatenate([shard.digests for shard in self.shards])
