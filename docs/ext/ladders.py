@@ -1,4 +1,4 @@
-"""docs/ladders.md: which steps between published sizes are exact, from their configs alone (docs/ext/published_sizes.toml).
+"""docs/ladders.md: which steps between published sizes (published_sizes.toml) are exact, from configs alone.
 
 python docs/ext/ladders.py docs/ladders.md
 """
@@ -26,8 +26,8 @@ DATA = Path(__file__).parent / "published_sizes.toml"
 OF_A_LADDER = {"family", "hub", "type", "all", "columns"}
 HEAD = """# Ladders of published sizes
 
-Written by `python docs/ext/ladders.py docs/ladders.md` with transformers {transformers} and torch {torch}, from
-[the configs](https://github.com/growlib/growlib/blob/main/docs/ext/published_sizes.toml) of the checkpoints. Do not edit it.
+Written by `python docs/ext/ladders.py docs/ladders.md` with transformers {transformers} and torch {torch}, from the
+configs of the checkpoints (`docs/ext/published_sizes.toml`, with the source of each). Do not edit it.
 
 Each row is a step from a published checkpoint to the next larger one of its family, with the method `lossless`:
 {counts} of {steps} steps in {families} families. Weights were not read: the verdict is that of `growlib plan`. Where a
