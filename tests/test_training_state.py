@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as T
-from tiny import tiny, token_ids
+from tiny import SIZES, SPECIAL_TOKENS, randomise, tiny, token_ids
+from torch.nn.functional import layer_norm
 
 import growlib
 from growlib.moments import grown_moment
@@ -22,7 +23,7 @@ CASES = [
     ("gpt2", {}, {"n_layer": 3}),
     ("gpt2", {"tie_word_embeddings": False}, {}),
     ("bert", {}, {}),
-    ("bert", {"tie_word_embeddings": False}, {"intermediate_size": 336}),
+    ("bert", {"tie_word_embeddings": False}, {"num_hidden_layers": 3, "intermediate_size": 336}),
 ]
 
 
@@ -33,7 +34,10 @@ def exact_norms(monkeypatch):
     def forward(self, x):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
-    monkeypatch.setattr(T.models.llama.modeling_llama.LlamaRMSNorm, "forward", forward)
+    for norm in (T.models.llama.modeling_llama.LlamaRMSNorm, T.models.qwen3.modeling_qwen3.Qwen3RMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
+    olmo = T.models.olmo.modeling_olmo.OlmoLayerNorm
+    monkeypatch.setattr(olmo, "forward", lambda self, x: layer_norm(x, self.normalized_shape, eps=1e-5))
 
 
 def gradients(model):
@@ -45,6 +49,18 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+def moments_and_gradients(small, plan):
+    """Of each tensor that goes on: its plan, the source's gradient grown as a first moment, the grown model's gradient.
+
+    That is every tensor of the source. The gradient of what starts anew is not in the source.
+    """
+    old, new = gradients(small), gradients(growlib.expand(small, plan))
+    origins = plan.new_parameters()
+    made = [made for made in plan.tensors if old.get(made.source) is not None and (origins[made.name] == 0).any()]
+    assert len(made) == sum(gradient is not None for gradient in old.values())
+    return [(one, grown_moment(one, old[one.source], plan), new[one.name]) for one in made]
+
+
 @pytest.mark.parametrize(("family", "options", "target"), CASES)
 def test_first_moments_grow_as_gradients_do(family, options, target):
     small = tiny(family, **options).double()
@@ -52,17 +68,74 @@ def test_first_moments_grow_as_gradients_do(family, options, target):
     assert plan.exact
     # Maps without free entries: whole copies, and no noise between them.
     plan = replace(plan, maps={axis: replace(m, copy_noise=0.0) for axis, m in plan.maps.items()})
-    big = growlib.expand(small, plan)
-    old, new, checked = gradients(small), gradients(big), 0
-    for made in plan.tensors:
-        if old.get(made.source) is not None and not made.added:
-            grown = grown_moment(made, old[made.source], plan)
-            torch.testing.assert_close(
-                grown, new[made.name], rtol=1e-10, atol=1e-12, msg=lambda m, n=made.name: f"{n}: {m}"
-            )
-            torch.testing.assert_close(grown_moment(made, old[made.source] ** 2, plan, 2), grown**2, rtol=1e-10, atol=0)
+    old = gradients(small)
+    for made, grown, gradient in moments_and_gradients(small, plan):
+        torch.testing.assert_close(grown, gradient, rtol=1e-10, atol=1e-12, msg=lambda m, n=made.name: f"{n}: {m}")
+        torch.testing.assert_close(grown_moment(made, old[made.source] ** 2, plan, 2), grown**2, rtol=1e-10, atol=0)
+
+
+UNEVEN = [
+    ("llama", {}, {"head_dim": 24, "intermediate_size": 150, "num_hidden_layers": 3}),
+    ("llama", {"tie_word_embeddings": True}, {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
+    ("qwen3", {}, {}),  # norms over queries and keys
+    ("qwen3", {"tie_word_embeddings": True}, {"head_dim": 24}),
+    ("olmo", {"tie_word_embeddings": False}, {}),  # norms without weights
+    ("gpt2", {"tie_word_embeddings": False}, {"n_inner": 250}),
+    ("gpt2", {}, {"n_layer": 3}),
+]
+UNEVEN_SIZES = {
+    "llama": {"hidden_size": 84, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "gpt2": {"n_embd": 84, "n_head": 7},
+}
+OTHERS = {"qwen3": T.Qwen3ForCausalLM, "olmo": T.OlmoForCausalLM}  # of the sizes of llama
+
+
+def source_of(family, options):
+    if family not in OTHERS:
+        return tiny(family, **options).double()
+    config = OTHERS[family].config_class(**{**SIZES["llama"], **SPECIAL_TOKENS, **options})
+    return randomise(OTHERS[family](config), 0).double().eval()
+
+
+def without_free_entries(axis_map):
+    fills = {name: "zero" for name in ("new_reads", "new_writes") if getattr(axis_map, name) in ("free", "faint")}
+    return replace(axis_map, copy_noise=0.0, **fills)
+
+
+@pytest.mark.parametrize(("family", "options", "target"), UNEVEN)
+def test_first_moments_grow_as_gradients_do_at_any_ratio(family, options, target):
+    small = source_of(family, options)
+    plan = growlib.plan(small, {**UNEVEN_SIZES.get(family, UNEVEN_SIZES["llama"]), **target}, "copies")
+    assert plan.exact
+    plan = replace(plan, maps={axis: without_free_entries(m) for axis, m in plan.maps.items()})
+    # Under LayerNorm the new entries hold the mean of the old ones. What tells the two apart changes nothing in the
+    # source, whose gradients know nothing of it.
+    apart = torch.tensor([1 / 48] * 48 + [-1 / 36] * 36, dtype=torch.float64)
+    apart = apart / apart.norm()
+    for made, grown, gradient in moments_and_gradients(small, plan):
+        difference = grown - gradient
+        for dim, layout in enumerate(made.layout):
+            if family in ("gpt2", "olmo") and layout.side == "write" and layout.parts == (("hidden",),):
+                last = difference.movedim(dim, -1)
+                difference = (last - (last @ apart).unsqueeze(-1) * apart).movedim(-1, dim)
+        assert difference.abs().max() < 1e-10 * max(gradient.abs().max(), 1e-2), made.name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_norms_and_readers_grow_as_gradients_do_where_copies_are_read_unevenly(tied):
+    small = tiny("llama", tie_word_embeddings=tied).double()
+    plan = growlib.plan(small, DOUBLE["llama"], "lemon")
+    assert plan.exact
+    plan = replace(plan, maps={axis: without_free_entries(m) for axis, m in plan.maps.items()})
+    assert len(set(plan.maps["hidden"].read)) > 1
+    checked = 0
+    for made, grown, gradient in moments_and_gradients(small, plan):
+        # Through a norm's mean square all copies see what is written, and the source's gradient does not tell how.
+        if not any(dim.side == "write" and dim.parts == (("hidden",),) for dim in made.layout):
+            torch.testing.assert_close(grown, gradient, rtol=1e-10, atol=1e-12, msg=lambda m, n=made.name: f"{n}: {m}")
             checked += 1
-    assert checked == sum(gradient is not None for gradient in old.values())
+    assert checked == 2 * 7 + 1 + (not tied)
 
 
 # The Trainer's checkpoints
