@@ -1,7 +1,11 @@
 """A Trainer's checkpoint grows with all that it holds, and the training goes on."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,6 +307,22 @@ def test_other_optimizers_are_refused_or_begin_anew(optim, keeps, tmp_path):
     assert not list((tmp_path / "refused" / "big").glob("*"))
     run, on, _ = grown_run(tmp_path / "reset", "llama", {}, "reset", optim=optim)
     assert on.seen[0][1] == pytest.approx(run.seen[3][1], rel=1e-4)
+
+
+def test_a_checkpoint_of_two_processes_goes_on(tmp_path):
+    """Under DDP: each process reads its own part of the text, and has its own random numbers."""
+    script = Path(__file__).with_name("state_two_processes.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launch, script, tmp_path], env=environment, check=True, timeout=240)
+    written = {path.name for path in (tmp_path / "big" / "checkpoint-3").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= written
+    first, second = (torch.load(tmp_path / f"{process}.pt") for process in (0, 1))
+    assert first["before"][0][0] != second["before"][0][0]
+    for seen in (first, second):
+        assert [ids for ids, _ in seen["after"]] == [ids for ids, _ in seen["before"]]
+        assert seen["after"][0][1] == pytest.approx(seen["before"][0][1], rel=1e-4)
+        assert seen["after"][2][1] < seen["after"][0][1] + 0.05
 
 
 def turned(model, state):
