@@ -10,19 +10,19 @@ from tiny import tiny
 
 import growlib
 
-folder = Path(sys.argv[1])
-run = trainer(tiny("llama", scale=0.1), folder / "small")
-assert run.accelerator.num_processes == 2
-run.train()
-wait = run.accelerator.wait_for_everyone
-wait()
-before, after = (folder / size / "checkpoint-3" for size in ("small", "big"))
-if run.is_world_process_zero():
-    growlib.expand_training_checkpoint(before, after, DOUBLE["llama"])
-wait()
-on = trainer(type(run.model).from_pretrained(after), folder / "big")
-on.train(resume_from_checkpoint=str(after))
-torch.save({"before": run.seen[3:], "after": on.seen}, folder / f"{on.accelerator.process_index}.pt")
+folder, made = Path(sys.argv[1]), []
+
+
+def make_trainer(model):
+    made.append(trainer(model, folder))
+    return made[-1]
+
+
+on = growlib.GrowthSchedule({3: DOUBLE["llama"]}).train(make_trainer, tiny("llama", scale=0.1))
+assert on.accelerator.num_processes == 2
+unchanged = trainer(tiny("llama", scale=0.1), folder / "constant")
+unchanged.train()
+torch.save({"before": unchanged.seen[3:], "after": on.seen}, folder / f"{on.accelerator.process_index}.pt")
 on.accelerator.wait_for_everyone()  # one that leaves while the other still talks to it is aborted
 sys.stdout.flush()
 os._exit(0)  # nor may the threads of the process group outlive it: at times they abort an ordinary exit

@@ -166,10 +166,15 @@ class Watched(T.Trainer):
 
 
 def trainer(model, folder, optimizer=None, **options):
+    default = {"max_steps": 6, "save_steps": 3, "learning_rate": 1e-3, "logging_strategy": "no", "weight_decay": 0.1}
     arguments = T.TrainingArguments(
-        str(folder), max_steps=6, save_steps=3, per_device_train_batch_size=8, learning_rate=1e-3, report_to=[],
-        use_cpu=True, disable_tqdm=True, logging_strategy="no", weight_decay=0.1, **options
-    )  # fmt: skip
+        str(folder),
+        **{**default, **options},
+        per_device_train_batch_size=8,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     own = (optimizer(model), None) if optimizer else (None, None)
     return Watched(model=model, args=arguments, train_dataset=Lines(), optimizers=own)
 
@@ -315,7 +320,7 @@ def test_a_checkpoint_of_two_processes_goes_on(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*launch, script, tmp_path], env=environment, check=True, timeout=240)
-    written = {path.name for path in (tmp_path / "big" / "checkpoint-3").iterdir()}
+    written = {path.name for path in (tmp_path / "grown-3").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= written
     first, second = (torch.load(tmp_path / f"{process}.pt") for process in (0, 1))
     assert first["before"][0][0] != second["before"][0][0]
