@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # for the type checker, which does not run __getattr__
     from growlib.errors import GrowError
     from growlib.growth import expand, plan
     from growlib.growth_plan import GrowthPlan
+    from growlib.growth_schedule import GrowthSchedule
     from growlib.inference import infer
     from growlib.ki import KIConfig, KIMixin, KITrainer, cache_teacher
     from growlib.learning import learn
@@ -29,6 +30,7 @@ _PLACES = {
     "GrowError": "errors",
     "GrowthPlan": "growth_plan",
     "GrowthRecord": "record",
+    "GrowthSchedule": "growth_schedule",
     "KIConfig": "ki",
     "KIMixin": "ki",
     "KITrainer": "ki",

@@ -3,6 +3,9 @@
 With W' = E_out W C_in and the function preserved, the gradient of the grown tensor is dW' = C_outᵀ dW E_inᵀ. A first
 moment is a mean of gradients and grows so; a second moment is one of their squares and grows with squared weights.
 What is free in the plan has no gradient that the source knows of, and starts at zero; so does a new block.
+
+Two parts of a gradient are not in the source's, and are left out: what tells new entries from old ones where they hold
+the mean under a LayerNorm; and what copies get through a norm where its readers share them unevenly.
 """
 
 from collections.abc import Mapping
@@ -51,38 +54,56 @@ def grown_moment(made: TensorPlan, moment: Tensor, plan: GrowthPlan, power: int 
     """
     if not made.layout:
         return moment.clone()
-    if made.added or made.constant is not None:
+    if not _goes_on(made, plan):
         return moment.new_zeros(made.new_shape)
+
+    tied = made.factor != 1.0  # of a norm's tensors, the next line of a head that is tied to the embedding
 
     def grow_part(values: Tensor, part: Part) -> Tensor:
         for dim, axis_map, side in part.growing(plan.maps):
-            weights = torch.from_numpy(_weights(axis_map, side, made.factor != 1.0) ** power)
-            values = values.index_select(dim, torch.from_numpy(axis_map.source.clip(0)))
-            values = values * along(weights.to(values.dtype), dim, values)
+            seen, index = _seen(axis_map, side, tied), axis_map.source
+            if _reads_mean(axis_map, side, tied):
+                values = torch.cat([values, values.mean(dim, keepdim=True)], dim)
+                index = np.where(index < 0, axis_map.old, index)
+            values = values.index_select(dim, torch.from_numpy(index.clip(0)))
+            values = values * along(torch.from_numpy(seen**power).to(values.dtype), dim, values)
         return values
 
     wide = moment.to(torch.promote_types(moment.dtype, torch.float32))
     return (grow_layout(wide, made.layout, plan, grow_part) / made.factor**power).to(moment.dtype)
 
 
-def _weights(axis_map: AxisMap, side: Side, tied: bool) -> np.ndarray:
-    """What the gradient of each entry is of the one that it is a copy of: float64 [N].
+def _goes_on(made: TensorPlan, plan: GrowthPlan) -> bool:
+    """Whether a tensor does what its source did. After a post-norm layer the new block has the layer's last norm."""
+    others = (other for other in plan.tensors if other.source == made.source)
+    return made.constant is None and (not made.added or all(o.added or o.constant is not None for o in others))
+
+
+def _seen(axis_map: AxisMap, side: Side, tied: bool) -> np.ndarray:
+    """The gradient of each entry, as a share of that of the entry that it is a copy of: float64 [N].
 
     What stands behind a norm has the norm's gain: readers see `gain * write`, and writers are seen by `gain * read`.
     A norm whose readers are a tied head is read by all copies alike.
     """
+    source, counts = axis_map.source.clip(0), np.maximum(axis_map.copies(), 1)
     old = axis_map.source >= 0
-    shares = 1.0 / np.maximum(axis_map.copies(), 1)[axis_map.source.clip(0)]
-    read = np.where(old, shares if tied else axis_map.read, 0.0)
+    # Copies together are seen as the one was. Queries are more than that: the score's 1/sqrt(head_dim) shrinks.
+    whole = np.bincount(source, np.where(old, axis_map.read, 0.0), axis_map.old) * axis_map.write * axis_map.gain
+    read = np.where(old, axis_map.read / np.where(whole == 0, 1.0, whole)[source], 0.0)
     match side:
         case "write":
             return axis_map.gain * read
         case "read":
             return np.where(old, axis_map.gain * axis_map.write, 0.0)
         case "scale":
-            return axis_map.write * read
+            return axis_map.write * (np.where(old, 1 / counts[source], 0.0) if tied else read)
         case "shift":
-            return read
+            return np.where(old | _reads_mean(axis_map, side, tied), 1 / counts[source], 0.0) if tied else read
+
+
+def _reads_mean(axis_map: AxisMap, side: Side, tied: bool) -> bool:
+    """Whether a tied head reads the new entries of a norm's bias, as the mean of what it reads of the old ones."""
+    return side == "shift" and tied and axis_map.new_writes == "mean"
 
 
 def kept_moment(made: TensorPlan, moment: Tensor, plan: GrowthPlan, origin: Tensor) -> Tensor:

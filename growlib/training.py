@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -122,8 +123,8 @@ class EntryRates(TrainerCallback):
         old: that of the old ones; 0.0 freezes them.
 
     Raises:
-        GrowError: when training starts, where the model is not of the plan, its parameters are split over processes,
-            or the schedule of a `Rewarm` is no function of the step.
+        GrowError: when training starts, where the model is not of the plan, its parameters are flattened (FSDP1),
+            DeepSpeed runs the step, or the schedule of a `Rewarm` is no function of the step.
     """
 
     def __init__(self, plan: Plan, *, new: float | Rewarm = 1.0, old: float = 1.0) -> None:
@@ -141,8 +142,9 @@ class EntryRates(TrainerCallback):
                 "DeepSpeed runs the optimizer step itself, so the callback cannot scale it",
                 "another Trainer setup",
             )
-        new = _new_entries(of_trainer["model"], self.plan)
-        self._is_new = {name: is_new for name, is_new in new.items() if is_new.any() or self.old != 1.0}
+        model = of_trainer["model"]
+        new = {name: is_new for name, is_new in _new_entries(model, self.plan).items() if is_new.any() or self.old != 1}
+        self._is_new = {name: _part_here(is_new, model.get_parameter(name)) for name, is_new in new.items()}
         if isinstance(self.new, Rewarm):
             _schedule(of_trainer["lr_scheduler"])
 
@@ -151,15 +153,14 @@ class EntryRates(TrainerCallback):
         if (self._rate, self.old) == (1.0, 1.0):
             return
         parameters = of_trainer["model"].named_parameters()
-        self._before = {n: p.detach().clone() for n, p in parameters if n in self._is_new and p.requires_grad}
+        self._before = {n: _here(p).clone() for n, p in parameters if n in self._is_new and p.requires_grad}
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **of_trainer: Any) -> None:
         for name, before in self._before.items():
-            parameter = of_trainer["model"].get_parameter(name)
-            is_new = self._is_new[name].to(parameter.device)
-            after = parameter.detach().clone()
+            parameter = _here(of_trainer["model"].get_parameter(name))
+            is_new, after = self._is_new[name].to(parameter.device), parameter.clone()
             new, old = (_share_of(rate, before, after) for rate in (self._rate, self.old))
-            parameter.data.copy_(torch.where(is_new, new, old))
+            parameter.copy_(torch.where(is_new, new, old))
         self._before = {}
 
     def _new_rate(self, state: Any, scheduler: Any) -> float:
@@ -169,6 +170,20 @@ class EntryRates(TrainerCallback):
         schedule = _schedule(scheduler)
         now = schedule(state.global_step)
         return self.new.rate(state.global_step, state.max_steps, schedule) / now if now else 1.0
+
+
+def _here(parameter: Tensor) -> Tensor:
+    """The values of a parameter that this process holds, without a gradient: all of them, or a part under FSDP2."""
+    values = parameter.detach()
+    return values.to_local() if isinstance(values, DTensor) else values
+
+
+def _part_here(entries: Tensor, parameter: Tensor) -> Tensor:
+    """The part of a tensor, which every process has as a whole, that stands beside `_here(parameter)`."""
+    if not isinstance(parameter, DTensor):
+        return entries
+    mesh = parameter.device_mesh
+    return distribute_tensor(entries.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None).to_local()
 
 
 def _share_of(rate: float, before: Tensor, after: Tensor) -> Tensor:
@@ -190,11 +205,11 @@ def _read(plan: Plan) -> GrowthPlan:
 
 
 def _new_entries(model: PreTrainedModel, plan: GrowthPlan) -> dict[str, Tensor]:
-    """For each parameter, which entries are not old: bool of its shape."""
+    """For each parameter, which entries are not old: bool of its whole shape."""
     origins, new = plan.new_parameters(), {}
     for name, parameter in model.named_parameters():
-        if name not in origins or origins[name].shape != parameter.shape or hasattr(parameter, "placements"):
-            wrong = f"{name} of shape {tuple(parameter.shape)} is not in the plan, or split over processes"
+        if name not in origins or origins[name].shape != parameter.shape:
+            wrong = f"{name} of shape {tuple(parameter.shape)} is not in the plan, or flattened (FSDP1, ZeRO-3)"
             raise GrowError(f"training after {plan.method}", wrong, "the whole model that the plan's growth made")
         origin = origins[name]
         uniform = not any(origin.stride())  # one byte, and stays it

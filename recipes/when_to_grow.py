@@ -18,7 +18,7 @@ import dataclasses
 import datetime
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,11 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 import growlib
-from base import flops, job, text
+from base import job, text
 from base import options as shared
 from base.command import environment, guarded, say
 from base.comparison import TEXT, exactness, text_used
 from base.job import Finished
-from base.known import is_masked
 from base.lab import Lab, fresh
 from base.library import method_named
 from base.models import model_row, size_fields
@@ -41,6 +40,7 @@ from base.report import as_text, mean_and_deviation
 from base.setting import Setting, Sizes, When
 from base.shares import NEVER, best_share, grown_shares, middle_share, remarks, table, write
 from base.start import Fresh, Grown
+from base.trials import best_rate, lab_of, over_seeds, spent, step_flops
 from growlib import GrowError, GrowthPlan
 
 
@@ -133,11 +133,7 @@ def prepare(setting: Setting, folder: Path) -> Prepared:
     """Tokens, models and plans. What can be refused is refused here."""
     target = fresh(setting, setting.target)
     model = target.model()
-    with PartialState().main_process_first():
-        corpus = text.prepare(setting.text, None, folder)
-    blocks, _ = text.share_text(corpus, setting.text.train_tokens, "same")
-    mask_token = text.mask_token_of(corpus.tokenizer, is_masked(model))
-    lab = Lab(setting, folder, corpus.tokenizer, {TEXT: corpus.held_out}, mask_token)
+    lab, corpus, blocks = lab_of(setting, folder, model)
     assert setting.when is not None
     growths = [growth_of(setting, model, sizes) for sizes in setting.when.small]
     if len({growth.factor for growth in growths}) < len(growths):
@@ -156,12 +152,6 @@ def growth_of(setting: Setting, target: PreTrainedModel, sizes: Sizes) -> Growth
     costs = step_flops(setting, small), step_flops(setting, target)
     steps = {share: steps_of(setting, factor, share, *costs) for share in setting.when.shares}
     return Growth(factor, sizes, start, plan, small.num_parameters(), costs[0], steps)
-
-
-def step_flops(setting: Setting, model: PreTrainedModel) -> int:
-    """What a step of training costs."""
-    forward = flops.forward_flops(model, setting.text.sequence_length)
-    return flops.training_flops(forward, setting.training.batch_size)
 
 
 def steps_of(setting: Setting, factor: str, share: float, of_small: int, of_target: int) -> tuple[int, int]:
@@ -207,37 +197,16 @@ def spend(prepared: Prepared, growth: Growth, share: float, rates: Mapping[str, 
     return {"small_loss": small.losses[TEXT], **spent(small, *grown)}
 
 
-def spent(*trainings: Finished) -> dict[str, Any]:
-    """Where the last of some trainings ends, and what they cost together."""
-    results = [one.result for one in trainings]
-    return {
-        "loss": trainings[-1].losses[TEXT],
-        "flops": sum(result["flops"]["student"] for result in results),
-        "seconds": sum(result["seconds"] for result in results),
-    }
-
-
-def sweep(prepared: Prepared, train: Callable[[float], Finished]) -> tuple[float, dict[str, float]]:
-    """The rate with the lowest loss at the end, and the loss at each."""
-    tried = {rate: train(rate).losses[TEXT] for rate in prepared.when.learning_rates}
-    return min(tried, key=lambda rate: tried[rate]), {f"{rate:g}": loss for rate, loss in tried.items()}
-
-
-def over_seeds(runs: Mapping[int, Mapping[str, Any]], scratch: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """One way to spend the budget with all seeds; the difference to scratch is that of each seed."""
-    return {
-        "loss": mean_and_deviation([run["loss"] for run in runs.values()]),
-        "difference": mean_and_deviation([run["loss"] - scratch[seed]["loss"] for seed, run in runs.items()]),
-        "runs": dict(runs),
-    }
-
-
 def run_growth(prepared: Prepared, growth: Growth, scratch: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Each share of the budget on a small model, with each seed, at the rates that are best at the middle share."""
     first, share = prepared.seeds[0], middle_share(prepared.when.shares)
-    small, of_small = sweep(prepared, lambda rate: small_of(prepared, growth, share, rate, first))
+    small, of_small = best_rate(
+        prepared.when.learning_rates, lambda rate: small_of(prepared, growth, share, rate, first)
+    )
     source = small_of(prepared, growth, share, small, first)
-    grown, of_grown = sweep(prepared, lambda rate: grown_of(prepared, growth, share, source, rate, first))
+    grown, of_grown = best_rate(
+        prepared.when.learning_rates, lambda rate: grown_of(prepared, growth, share, source, rate, first)
+    )
     rates, cells = {"small": small, "grown": grown}, {}
     for share, steps in growth.steps.items():
         runs = {seed: spend(prepared, growth, share, rates, seed) for seed in prepared.seeds}
@@ -261,7 +230,7 @@ def run_growth(prepared: Prepared, growth: Growth, scratch: Mapping[int, Mapping
 def compare(prepared: Prepared) -> dict[str, Any]:
     """Run what is not finished. The content of when.json."""
     setting, cost, first = prepared.lab.setting, prepared.step_flops, prepared.seeds[0]
-    rate, tried = sweep(prepared, lambda rate: scratch_of(prepared, rate, first))
+    rate, tried = best_rate(prepared.when.learning_rates, lambda rate: scratch_of(prepared, rate, first))
     scratch = {seed: spent(scratch_of(prepared, rate, seed)) for seed in prepared.seeds}
     return {
         "setting": {

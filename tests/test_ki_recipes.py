@@ -24,7 +24,7 @@ from base.measure import peak_bytes
 from base.setting import load_preset
 from base.start import Checkpoint, Continued, Grown
 from base.text import train_tokenizer
-from growlib import GrowError
+from growlib import GrowError, GrowthSchedule, Rewarm
 
 MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\nevaluations = 1\n'
 
@@ -128,6 +128,14 @@ def test_what_decides_a_training_decides_where_it_is_kept(tmp_path):
         "teachers": [(another,), (teacher, another), (another, teacher), {"text": teacher}, {"0": teacher}, ()],
         "knowledge": [{"alpha": 0.5}, {"alpha": 1.0, "gate": True}],
         "keeps_model": [False],
+        "growths": [
+            *(GrowthSchedule({step: {"num_hidden_layers": layers}}) for step, layers in ((1, 2), (2, 2), (1, 3))),
+            GrowthSchedule({1: {"num_hidden_layers": 2}, 2: {"num_hidden_layers": 3}}),
+            GrowthSchedule({1: {"num_hidden_layers": 2}}, "stack"),
+            GrowthSchedule({1: {"num_hidden_layers": 2}}, moments="reset"),
+            GrowthSchedule({1: {"num_hidden_layers": 2}}, rewarm=Rewarm(steps=2)),
+            GrowthSchedule({1: {"num_hidden_layers": 2}}, seed=1),
+        ],
     }
     assert set(others) == {field.name for field in dataclasses.fields(Job)} - {"name"}
     jobs = [dataclasses.replace(job, **{name: value}) for name, values in others.items() for value in values]

@@ -1,5 +1,6 @@
 """The main job with a teacher of its own, its schedules, and the reference."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -366,7 +367,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_is_not_kept(tmp_path, monkeyp
 
     def diverges(*given, **named):
         done = train(*given, **named)
-        return type(done)([*done.curve[:-1], (done.curve[-1][0], float("nan"))], done.seconds, done.stopped)
+        return dataclasses.replace(done, curve=[*done.curve[:-1], (done.curve[-1][0], float("nan"))])
 
     monkeypatch.setattr(base.job, "train", diverges)
     preset = tmp_path / "preset.toml"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_ki_distributed import two_processes
 from tiny import tiny, token_ids
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -188,6 +189,17 @@ def test_new_entries_follow_a_schedule_of_their_own(tmp_path):
         np.testing.assert_allclose(big.get_parameter(name).detach().numpy(), value, atol=2e-5, err_msg=name)
 
 
+def test_rates_of_entries_under_fsdp2(tmp_path):
+    """A process that holds a part of a tensor knows which of its entries are new."""
+    both = two_processes("rates_sharded.py", tmp_path)
+    plan, big = wide()
+    for name, origin in plan.new_parameters().items():
+        torch.testing.assert_close(both["sharded"][name], both["whole"][name], rtol=1e-5, atol=1e-6)
+        moved = both["sharded"][name] != big.get_parameter(name).detach()
+        assert not moved[origin == Origin.OLD].any(), name
+        assert not (origin > Origin.OLD).any() or moved.any(), name
+
+
 def test_a_resumed_training_goes_on_as_it_was(tmp_path):
     ends = []
     for folder, stop in ((tmp_path / "whole", None), (tmp_path / "resumed", 3)):
@@ -264,7 +276,7 @@ def test_what_is_refused(tmp_path):
 def test_the_page_runs():
     page = (Path(__file__).parents[1] / "docs" / "after.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {}
     for block in blocks:
         exec(compile(block, "docs/after.md", "exec"), names)

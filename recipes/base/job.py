@@ -11,10 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +25,7 @@ from base.library import load_checkpoint
 from base.setting import Training
 from base.start import Checkpoint, Continued, Fresh, Grown
 from base.training import Run, evaluate, train
-from growlib import GrowError, KIConfig
+from growlib import GrowError, GrowthSchedule, KIConfig
 
 FACTS = "facts.json"
 
@@ -42,6 +44,7 @@ class Job:
         teachers: several are averaged; in a mapping, each teaches the examples of its domain.
         knowledge: the fields of `KIConfig` beside the teachers.
         keeps_model: whether the trained model is kept, or its curve alone.
+        growths: of the model inside the training.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Job:
     teachers: tuple[Checkpoint, ...] | Mapping[str, Checkpoint] = ()
     knowledge: Mapping[str, Any] = field(default_factory=dict)
     keeps_model: bool = False
+    growths: GrowthSchedule | None = None
 
     @property
     def sequences(self) -> int:
@@ -96,6 +100,7 @@ class Job:
             "teachers": [by_domain, [[name, one.key] for name, one in named]],
             "knowledge": dict(self.knowledge) if self.teachers else None,
             "keeps_model": self.keeps_model,
+            **({"growths": _told(self.growths)} if self.growths else {}),
         }
 
 
@@ -150,13 +155,15 @@ def run(job: Job, folder: Path) -> Finished:
         learning_rate=job.learning_rate,
         seed=job.seed,
         ki=ki,
+        growths=job.growths,
     )
+    forwards, model = _forwards(job, model), done.model
     losses = {domain: done.curve[-1][1]}
     losses |= {name: evaluate(model, rows, job.tokenizer, job.training) for name, rows in others}
     if not all(math.isfinite(loss) for loss in (*losses.values(), *(loss for _, loss in done.curve))):
         asked = f"training {job.name} at a learning rate of {job.learning_rate:g}"
         raise GrowError(asked, "the loss is not finite", "a lower learning rate")
-    facts = {"decided_by": job.decided_by(), "result": _result(job, done, model, ki, growth_flops), "losses": losses}
+    facts = {"decided_by": job.decided_by(), "result": _result(job, done, forwards, ki, growth_flops), "losses": losses}
 
     def fill(empty: Path) -> None:
         if job.keeps_model:
@@ -171,10 +178,23 @@ def run(job: Job, folder: Path) -> Finished:
     return Finished(facts["result"], losses, Checkpoint(path, path.name))
 
 
-def _result(job: Job, done: Run, model: PreTrainedModel, ki: KIConfig | None, growth_flops: int) -> dict[str, Any]:
-    """The curve with its costs: the student's FLOPs, and one forward pass of the teacher where it teaches."""
+def _forwards(job: Job, first: PreTrainedModel) -> dict[int, int]:
+    """FLOPs of a forward pass over one sequence, by the step from which the model has that size."""
+    models = {0: first}
+    if job.growths:
+        with torch.device("meta"):
+            for step, plan in zip(job.growths.steps, job.growths.plans(first), strict=True):
+                models[step] = type(first)(plan.config)
+    return {begin: flops.forward_flops(model, job.length) for begin, model in models.items()}
+
+
+def _result(job: Job, done: Run, forwards: Mapping[int, int], ki: KIConfig | None, growth_flops: int) -> dict[str, Any]:
+    """The curve with its costs: the student's FLOPs, and one forward pass of the teacher where it teaches.
+
+    Args:
+        forwards: as `_forwards` gives them.
+    """
     batch, steps = job.training.batch_size, job.training.steps
-    forward = flops.forward_flops(model, job.length)
     domains = job.ordered(job.sequences, job.order).domains
     of_domain = {domain: _teachers_forward(job, domain) for domain in job.blocks}
     last = steps if done.stopped is None else done.stopped
@@ -182,8 +202,11 @@ def _result(job: Job, done: Run, model: PreTrainedModel, ki: KIConfig | None, gr
 
     def cost(end: int) -> tuple[int, int]:
         heard = Counter(domain for s in taught if s < end for domain in domains[s * batch : (s + 1) * batch])
-        student = growth_flops + flops.training_flops(forward, end * batch)
-        return student, sum(of_domain[domain] * count for domain, count in heard.items())
+        spans = pairwise([*(min(begin, end) for begin in forwards), end])
+        trained = [
+            flops.training_flops(one, (b - a) * batch) for one, (a, b) in zip(forwards.values(), spans, strict=True)
+        ]
+        return growth_flops + sum(trained), sum(of_domain[domain] * count for domain, count in heard.items())
 
     points = [
         {"step": step, "tokens": step * batch * job.length, "flops": sum(cost(step)), "eval_loss": loss}
@@ -203,6 +226,13 @@ def _teachers_forward(job: Job, domain: str) -> int:
     teachers = (job.teachers[domain],) if isinstance(job.teachers, Mapping) else job.teachers
     online = [teacher.path for teacher in teachers if not teacher.is_cache]
     return sum(flops.forward_flops(load_checkpoint(path), job.length) for path in online)
+
+
+def _told(growths: GrowthSchedule) -> dict[str, Any]:
+    """What of a schedule decides a result."""
+    rewarm = growths.rewarm and dataclasses.asdict(growths.rewarm)
+    at = {str(step): growths.growths[step] for step in growths.steps}
+    return {"at": at, "method": growths.method, "moments": growths.moments, "rewarm": rewarm, "seed": growths.seed}
 
 
 def key_of_blocks(blocks: np.ndarray) -> str:

@@ -51,16 +51,22 @@ def draw_curves(path: Path, curves: Mapping[str, Iterable[Mapping[str, Any]]], s
 
 
 def draw_shares(
-    path: Path, lines: Mapping[str, Mapping[float, Spread]], alone: Mapping[str, Spread], scratch: Spread
+    path: Path,
+    lines: Mapping[str, Mapping[float, Spread]],
+    alone: Mapping[str, Spread],
+    scratch: Spread,
+    *,
+    across: str = "share of the budget that trains the small model",
+    baseline: str = "scratch",
 ) -> None:
-    """Held-out loss against the share of a budget, a line for each growth, with the seeds' deviation.
+    """Held-out loss against the share of a training, a line for each growth, with the seeds' deviation.
 
     Args:
         lines: share -> loss, by growth.
         alone: the loss of each growth's small model with the whole budget; a growth may be missing.
-        scratch: the loss without a small model.
+        scratch: the loss without a small model, called `baseline`.
     """
-    figure, axes = _new("share of the budget that trains the small model")
+    figure, axes = _new(across)
     for number, (name, by_share) in enumerate(lines.items()):
         color = f"C{number}"
         means, spreads = zip(*((loss["mean"], loss["deviation"] or 0.0) for loss in by_share.values()), strict=True)
@@ -70,7 +76,7 @@ def draw_shares(
             axes.plot([1.0], [alone[name]["mean"]], color=color, marker="s", linestyle="", label=label)
     mean, spread = scratch["mean"], scratch["deviation"] or 0.0
     assert mean is not None
-    axes.axhline(mean, **FIXED["scratch"], linewidth=0.8, label="scratch")
+    axes.axhline(mean, **FIXED["scratch"], linewidth=0.8, label=baseline)
     axes.axhspan(mean - spread, mean + spread, **FIXED["scratch"], alpha=0.1)
     axes.set_xlim(0.0, 1.05)
     axes.legend(fontsize="small")

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from base.command import counted
 from base.comparison import ARMS
 from base.flops import flops_saved
 from base.plots import draw_curves
@@ -101,6 +102,24 @@ def shown(value: Mapping[str, float | None], form: str) -> str:
     """Mean ± deviation."""
     spread = value["deviation"]
     return form.format(value["mean"]) + ("" if spread is None else " ± " + form.format(spread))
+
+
+def signed(value: Mapping[str, float | None]) -> str:
+    """A difference with its sign, and its deviation without one."""
+    spread = "" if value["deviation"] is None else f" ± {value['deviation']:.3f}"
+    return f"{value['mean']:+.3f}{spread}"
+
+
+def heading(title: str, results: Mapping[str, Any]) -> str:
+    """The first lines of a report: what ran, when and on what, and its command."""
+    setting, found = results["setting"], results["setting"]["environment"]
+    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers"))
+    threads = counted(found["threads"], "thread", "threads")
+    return f"""# {title}: {setting["model"]}, preset {setting["preset"]}
+
+Date: {results["date"]}. {found["device"]}, {threads}, Python {found["python"]}, {versions}.
+
+`{results["command"]}`"""
 
 
 def remarks(results: Mapping[str, Any]) -> list[str]:

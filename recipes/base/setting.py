@@ -16,7 +16,7 @@ from growlib import GrowError
 
 PRESETS = Path(__file__).parent.parent / "presets"
 STARTS = ("fresh", "grown")
-MAY_BE_0 = {"seed", "max_bytes", "tokenizer_bytes", "train_tokens", "warmup_steps"}  # of the whole numbers
+MAY_BE_0 = {"seed", "max_bytes", "tokenizer_bytes", "train_tokens", "warmup_steps", "rewarm"}  # of the whole numbers
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,18 @@ class When:
 
 
 @dataclass(frozen=True)
+class Progressive:
+    """What progressive_growth.py runs: each way to the target with each moment and each seed."""
+
+    starts: Mapping[str, Sizes]  # of the models that grow into the target, by the name of the way
+    moments: list[float]  # shares of the steps after which the model grows
+    decay: float  # the share of the steps, the last ones, in which the learning rate falls
+    rewarm: int  # steps of a second warm-up of the new entries; 0: none
+    seeds: int  # how many: the setting's seed and the next ones
+    learning_rates: list[float]  # each way trains at its own best one
+
+
+@dataclass(frozen=True)
 class Setting:
     """Everything that decides the result of a run."""
 
@@ -156,6 +168,7 @@ class Setting:
     learning_rate: Mapping[str, float]  # per arm, each the winner of a sweep of its own
     teacher: Teacher | None = None  # None: the small model teaches
     when: When | None = None  # None: nothing for when_to_grow.py
+    progressive: Progressive | None = None  # None: nothing for progressive_growth.py
 
     @property
     def tokens_per_step(self) -> int:
@@ -183,7 +196,10 @@ def load_preset(name: str) -> Setting:
         raise GrowError(f"{asked}, teacher, start", wrong, f"one of {', '.join(STARTS)}")
     of_teacher = [("teacher, sizes", setting.teacher.sizes)] if setting.teacher else []
     of_when = [("when, small", sizes) for sizes in setting.when.small] if setting.when else []
-    for name, sizes in [("initial", setting.initial), ("target", setting.target), *of_teacher, *of_when]:
+    starts = setting.progressive.starts if setting.progressive else {}
+    of_progressive = [(f"progressive, starts, {name}", sizes) for name, sizes in starts.items()]
+    every = [("initial", setting.initial), ("target", setting.target), *of_teacher, *of_when, *of_progressive]
+    for name, sizes in every:
         for whole, part in (("hidden", "heads"), ("heads", "kv_heads")):
             size, parts = getattr(sizes, whole), getattr(sizes, part)
             if size % parts:

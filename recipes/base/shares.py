@@ -6,7 +6,7 @@ from typing import Any
 
 from base.command import counted
 from base.plots import draw_shares
-from base.report import as_markdown, shown
+from base.report import as_markdown, heading, shown, signed
 from base.store import write_json, write_text
 
 HEADER = ("growth", "share", "steps, small", "steps, grown", "small model's loss", "loss at the end", "to scratch")
@@ -41,14 +41,8 @@ def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
             before = shown(cell["small_loss"], "{:.3f}") if grown else ""
             name = factor if grown else f"{factor}, never grown"
             counts = (str(cell["steps"]["small"]), str(grown or ""))
-            rows.append((name, f"{mark}{share}{mark}", *counts, before, end, _signed(cell["difference"])))
+            rows.append((name, f"{mark}{share}{mark}", *counts, before, end, signed(cell["difference"])))
     return rows
-
-
-def _signed(value: Mapping[str, float | None]) -> str:
-    """A difference with its sign, and its deviation without one."""
-    spread = "" if value["deviation"] is None else f" ± {value['deviation']:.3f}"
-    return f"{value['mean']:+.3f}{spread}"
 
 
 def remarks(results: Mapping[str, Any]) -> list[str]:
@@ -113,7 +107,7 @@ def _on_text(results: Mapping[str, Any]) -> list[str]:
 def _best(factor: str, growth: Mapping[str, Any]) -> str:
     """The best share of a growth, and whether it is below scratch and below the small model that never grew."""
     share, cells = growth["best_share"], growth["shares"]
-    said = f"{factor}: best with a share of {share}, {_signed(cells[share]['difference'])} to scratch."
+    said = f"{factor}: best with a share of {share}, {signed(cells[share]['difference'])} to scratch."
     alone = cells.get(f"{NEVER:g}")
     if alone and alone["loss"]["mean"] < cells[share]["loss"]["mean"]:
         said += " THE SMALL MODEL ENDS LOWER WITHOUT A GROWTH: for this budget the target is too large."
@@ -131,15 +125,8 @@ def write(folder: Path, results: Mapping[str, Any]) -> None:
     never = f"{NEVER:g}"
     alone = {factor: one["shares"][never]["loss"] for factor, one in growths.items() if never in one["shares"]}
     draw_shares(folder / "when.png", lines, alone, results["scratch"]["loss"])
-    setting, found = results["setting"], results["setting"]["environment"]
     said = "\n".join(f"- {remark}" for remark in remarks(results))
-    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers"))
-    threads = counted(found["threads"], "thread", "threads")
-    text = f"""# When to grow: {setting["model"]}, preset {setting["preset"]}
-
-Date: {results["date"]}. {found["device"]}, {threads}, Python {found["python"]}, {versions}.
-
-`{results["command"]}`
+    text = f"""{heading("When to grow", results)}
 
 {as_markdown(table(results))}
 

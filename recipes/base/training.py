@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -21,7 +22,7 @@ from transformers import (
 
 from base.setting import Training
 from base.text import OfDomains, Ordered
-from growlib import GrowError, KIConfig, KITrainer
+from growlib import GrowError, GrowthSchedule, KIConfig, KITrainer
 
 STOPPED = "ki/stopped"  # what KITrainer logs of `stop_at="auto"`
 
@@ -30,6 +31,7 @@ STOPPED = "ki/stopped"  # what KITrainer logs of `stop_at="auto"`
 class Run:
     """What a training leaves: the held-out loss at its steps, and the time it took (evaluations included)."""
 
+    model: PreTrainedModel  # the one that was given, or what it grew into
     curve: list[tuple[int, float]]  # (step, held-out loss)
     seconds: float
     stopped: int | None  # the step from which the teacher was gone, where it left by itself
@@ -71,26 +73,39 @@ def train(
     learning_rate: float,
     seed: int,
     ki: KIConfig | None = None,
+    growths: GrowthSchedule | None = None,
 ) -> Run:
     """Train a model in place for as many steps as its blocks last, in the blocks' own order.
 
     Args:
         ki: the teacher's part; None is the stock HF Trainer.
+        growths: of the model inside the training. Its loss is evaluated before and after each.
     """
     steps = len(train_blocks) // training.batch_size
     curve = CurveCallback(name, steps, training.evaluations)
-    with tempfile.TemporaryDirectory() as unused:  # the Trainer asks for a folder, and nothing is written there
-        arguments = _arguments(training, steps, learning_rate, seed, unused)
-        trainer = _trainer(model, arguments, train_blocks, held_out_blocks, tokenizer, ki)
-        trainer.add_callback(curve)
+    with tempfile.TemporaryDirectory() as own:  # for what is grown; without a growth nothing is written there
+        folder = [own]
+        broadcast_object_list(folder)
+
+        def make_trainer(model: PreTrainedModel) -> Trainer:
+            arguments = _arguments(training, steps, learning_rate, seed, folder[0])
+            trainer = _trainer(model, arguments, train_blocks, held_out_blocks, tokenizer, ki)
+            trainer.add_callback(curve)
+            return trainer
+
         start = time.perf_counter()
         try:
-            trainer.train()
+            if growths:
+                trainer = growths.train(make_trainer, model)
+            else:
+                trainer = make_trainer(model)
+                trainer.train()
         finally:
             curve.bar.close()
         seconds = time.perf_counter() - start
         left = [int(log[STOPPED]) for log in trainer.state.log_history if STOPPED in log]
-    return Run(curve.curve, seconds, left[0] if left else None)
+    assert isinstance(trainer.model, PreTrainedModel)
+    return Run(trainer.model, curve.curve, seconds, left[0] if left else None)
 
 
 def evaluate(
