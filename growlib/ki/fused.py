@@ -43,7 +43,6 @@ def chunk_size(student: Projection, teacher: Predictions) -> int:
     return max(budget // width, 16)
 
 
-@torch.compiler.assume_constant_result
 def _memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
