@@ -7,7 +7,7 @@ Shapes: N positions (n in a chunk), V tokens, V_t of the teacher's, K tokens tha
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -172,25 +172,34 @@ def _epilogue(
     numbers_only: bool,
     gradient: bool,
 ) -> None:
-    """`epilogue.epilogue` at all positions of a chunk; one operator to torch.compile."""
-    from growlib.ki.epilogue import epilogue  # Triton need not be there
+    """`epilogue` at all positions of a chunk; one operator to torch.compile."""
+    from growlib.ki import epilogue  # Triton need not be there
 
-    if len(logits) == 0:
+    count, width = logits.shape
+    if count == 0:
         return
-    width, tempered = logits.shape[1], temperature != 1.0
     block = min(_next_power(width), BLOCK)
-    listed_count = 0 if ids is None else ids.shape[1]
-    silent = None if silent is None else silent.view(torch.uint8)
+    always: dict[str, Any] = {
+        "V": width, "V_T": vocab, "BLOCK": block, "GATE": gate, "NUMBERS_ONLY": numbers_only, "CAPPED": cap is not None,
+        "TOGETHER": vocab == width and temperature == 1.0, "GRADIENT": gradient, "MARK": torch.finfo(logits.dtype).min,
+        "num_warps": max(1, min(8, block // 512)),
+    }  # fmt: skip
+    rows, bound = (logits, labels, alpha, sums), cap or 1.0
     with torch.cuda.device_of(logits):
-        epilogue[(len(logits),)](
-            logits, labels, alpha, sums, teacher, ids, listed, constant, silent, tail, label_logprob,
-            logits.stride(0), 0 if teacher is None else teacher.stride(0),
-            scale, cap or 1.0, teacher_scale, teacher_cap or 1.0, temperature,
-            V=width, V_T=vocab, K=listed_count, BLOCK=block, K_BLOCK=_next_power(listed_count), DENSE=ids is None,
-            TAIL=tail is not None, GATE=gate, NUMBERS_ONLY=numbers_only, CAPPED=cap is not None,
-            TEACHER_CAPPED=teacher_cap is not None, TEMPERED=tempered, TOGETHER=vocab == width and not tempered,
-            GRADIENT=gradient, MARK=torch.finfo(logits.dtype).min, num_warps=max(1, min(8, block // 512)),
-        )  # fmt: skip
+        if teacher is not None:
+            epilogue.dense_epilogue[(count,)](
+                *rows, teacher, logits.stride(0), teacher.stride(0), scale, bound, teacher_scale, teacher_cap or 1.0,
+                temperature, TEACHER_CAPPED=teacher_cap is not None, TEMPERED=temperature != 1.0, **always,
+            )  # fmt: skip
+        else:
+            assert ids is not None
+            assert silent is not None
+            k = ids.shape[1]
+            epilogue.sparse_epilogue[(count,)](
+                *rows, ids, listed, constant, silent.view(torch.uint8), alpha if tail is None else tail, label_logprob,
+                logits.stride(0), scale, bound, temperature,
+                K=k, K_BLOCK=_next_power(k), TAIL=tail is not None, **always,
+            )  # fmt: skip
 
 
 @_epilogue.register_fake
