@@ -1,4 +1,9 @@
-"""The Triton kernel against its twin in PyTorch: on the CPU in Triton's interpreter, with `-m gpu` on CUDA."""
+"""The Triton kernels against its twin in PyTorch: on the CPU in Triton's interpreter, with `-m gpu` on CUDA."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,7 +94,7 @@ def assert_same(mine, twin):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     vocab=st.integers(2, 70),
     padding=st.sampled_from([0, 0, -1, 3]),
@@ -278,3 +283,18 @@ def test_the_host_waits_for_nothing(device, kind):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_kernels_compile_where_there_is_no_gpu(device):
+    """For sm_80 and sm_90: loads, types and barriers that the interpreter does not mind."""
+    if device == "cuda":
+        pytest.skip("the other tests compile them")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "ki_compiled.py"),
+        str(Path(fused.__file__).with_name("epilogue.py")),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 6
