@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,11 +169,15 @@ def test_tokens_that_nobody_can_say(device, kind):
     assert_same(*both(Projection(hidden.detach(), head.detach(), bias), labels, teacher, 1.0))
 
 
-def test_all_tokens_listed(device):
-    """The bucket is then empty: log Σ over no token."""
+@pytest.mark.parametrize("rest", [0, 2])
+def test_no_token_is_left_for_the_bucket(device, rest):
+    """All are listed, or nobody can say the rest."""
     generator = torch.Generator().manual_seed(0)
     teacher = to(teacher_of("bucket", 3, 9, 1.0, 9, generator), device)
-    student = Projection(torch.eye(3, device=device), normal(9, 3, generator=generator).to(device))
+    bias = torch.zeros(9 + rest, device=device)
+    bias[9:] = -torch.inf
+    student = Projection(torch.eye(3, device=device), normal(9 + rest, 3, generator=generator).to(device), bias)
+    teacher = replace(teacher, vocab=9 + rest)
     assert_same(*both(student, torch.tensor([0, 4, 8], device=device), teacher, 1.0))
 
 
