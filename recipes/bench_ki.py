@@ -1,21 +1,24 @@
 """What does Knowledge Inheritance cost? Ratios within one run, of time and of memory, and how fast a cache is read.
 
     python recipes/bench_ki.py                   # one CPU core, 4 minutes
-    python recipes/bench_ki.py --sizes 300m      # one GPU; 1b too
+    python recipes/bench_ki.py --sizes 300m      # one GPU; 1b too; 8b-head has the loss alone
 
     loss     forward and backward of the loss alone, with gradients of hidden states and head, against the chunked
              cross-entropy of the same code path (alpha 0 of `linear_ki_loss`). Beside it: transformers' way (whole
-             logits), TRL's chunked divergence and Liger's fused cross-entropy where they are installed and run.
+             logits), TRL's chunked divergence and Liger's fused cross-entropy where they are installed and run, and on
+             a GPU the first two forms without growlib's Triton kernel.
     step     a whole step of training against the stock Trainer's: switched off, from a cache, with the teacher beside
              it. Two students that take turns, so that a machine that slows down slows both.
     reading  positions per second from a cache of random logits, one process, files in the page cache.
 
-Times are medians over --rounds, and a form that is measured twice says how large the noise is. Memory is the peak above
-what was there before; on a CPU, of the tensors that PyTorch's dispatcher sees. --out writes all of it as JSON.
+Times are medians over rounds, and a form that is measured twice says how large the noise is. --limit makes fewer rounds
+where they take long. Memory is the peak above what was there before; on a CPU, of the tensors that PyTorch's dispatcher
+sees. --out writes all of it as JSON.
 """
 
 import argparse
 import dataclasses
+import math
 import statistics
 import sys
 import tempfile
@@ -46,7 +49,7 @@ from base.options import parser_of
 from base.report import as_text
 from base.store import open_folder, write_json
 from growlib import GrowError, KIConfig, KITrainer, cache_teacher
-from growlib.ki import Projection, Targets, TeacherCache, ki_loss, linear_ki_loss
+from growlib.ki import Projection, Targets, TeacherCache, fused, ki_loss, linear_ki_loss
 from growlib.ki.cache.data import Blocks
 from growlib.ki.cache.examples import examples_of
 from growlib.ki.cache.shards import FORMAT, Header, StoredExample, shard_path, write_header, write_shard
@@ -69,7 +72,7 @@ class Sizes:
     teacher_ffn: int
     batch: int
     length: int
-    steps: int  # of each training that is timed
+    steps: int  # of each training that is timed; 0: the loss alone
     rounds: int
     examples: int  # of 512 tokens, in the cache that is read
 
@@ -77,8 +80,9 @@ class Sizes:
 SIZES = {
     "cpu": Sizes(1024, 16384, 256, 4, 704, 128, 2, 352, 8, 128, 6, 5, 400),
     "cpu-300m": Sizes(1024, 32768, 1024, 20, 2816, 512, 10, 1408, 2, 256, 6, 4, 400),
-    "300m": Sizes(8192, 32768, 1024, 20, 2816, 512, 10, 1408, 16, 1024, 12, 3, 400),
-    "1b": Sizes(8192, 32768, 2048, 18, 5632, 1024, 9, 2816, 4, 2048, 12, 3, 400),
+    "300m": Sizes(8192, 32768, 1024, 20, 2816, 512, 10, 1408, 16, 1024, 8, 3, 400),
+    "1b": Sizes(8192, 32768, 2048, 18, 5632, 1024, 9, 2816, 4, 2048, 8, 3, 400),
+    "8b-head": Sizes(8192, 151936, 4096, 0, 0, 1024, 0, 0, 0, 0, 0, 3, 0),  # Qwen3-8B's; no step, no reading
     "tiny": Sizes(32, 64, 16, 1, 24, 8, 1, 16, 2, 16, 4, 1, 20),  # for CI
 }
 TOP_K, SAMPLES = 16, 12
@@ -110,6 +114,9 @@ def loss_forms(sizes: Sizes) -> tuple[dict[str, Callable[[], Tensor]], list[Tens
         "whole logits: CE": lambda: F.cross_entropy((hidden @ weight.T).float(), labels),
         "whole logits: CE + full KL": lambda: ki_loss(hidden @ weight.T, labels, logits, alpha=0.5).loss,
     }
+    if fused.usable(Projection(hidden, weight)):
+        for name in ("chunked CE", "CE + cached top-16, bucket"):
+            forms[f"{name}, without Triton"] = partial(without_triton, forms[name])
     try:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
     except ImportError:
@@ -123,13 +130,22 @@ def loss_forms(sizes: Sizes) -> tuple[dict[str, Callable[[], Tensor]], list[Tens
         except ImportError:
             say("Liger is not installed: its fused cross-entropy is left out.")
         else:
-            fused = LigerFusedLinearCrossEntropyLoss()
-            forms["Liger's fused CE"] = lambda: fused(weight, hidden, labels)
+            liger = LigerFusedLinearCrossEntropyLoss()
+            forms["Liger's fused CE"] = lambda: liger(weight, hidden, labels)
     return forms, [hidden, weight]
 
 
-def bench_loss(sizes: Sizes) -> dict[str, Row]:
-    """Each form once a round."""
+def without_triton(form: Callable[[], Tensor]) -> Tensor:
+    """A loss by the kernel's twin in PyTorch; its backward pass has no kernel of growlib's in any case."""
+    fused.HAS_TRITON = False
+    try:
+        return form()
+    finally:
+        fused.HAS_TRITON = True
+
+
+def bench_loss(sizes: Sizes, stop: float) -> dict[str, Row]:
+    """Each form once a round, until a time of `time.perf_counter`."""
     forms, inputs = loss_forms(sizes)
 
     def run(form: Callable[[], Tensor]) -> None:
@@ -140,7 +156,9 @@ def bench_loss(sizes: Sizes) -> dict[str, Row]:
 
     peaks = {name: peak_bytes(lambda form=form: run(form)) for name, form in forms.items()}  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(3 * sizes.rounds):
+    for number in range(3 * sizes.rounds):
+        if number and time.perf_counter() > stop:
+            break
         for name, form in forms.items():
             start = time.perf_counter()
             run(form)
@@ -189,9 +207,9 @@ class ChunkedTrainer(Trainer):
             return linear_ki_loss(hidden, head, labels, nobody, alpha=0.0, num_items=num_items_in_batch).loss
 
 
-def bench_step(sizes: Sizes, folder: Path) -> dict[str, Row]:
-    """A few steps of each arm a round, from the same student on the same text."""
-    teacher = model(sizes, sizes.teacher_hidden, sizes.teacher_layers, sizes.teacher_ffn, 1)
+def bench_step(sizes: Sizes, folder: Path, stop: float) -> dict[str, Row]:
+    """A few steps of each arm a round, from the same student on the same text, until a time of `time.perf_counter`."""
+    teacher = model(sizes, sizes.teacher_hidden, sizes.teacher_layers, sizes.teacher_ffn, 1).to(dtype=DTYPE)  # type: ignore[call-arg]
     rows = np.random.default_rng(0).integers(0, sizes.vocab, (sizes.steps * sizes.batch, sizes.length))
     text = Blocks(rows)
     cache_teacher(teacher, text, folder / "cache", top_k=TOP_K, samples=SAMPLES, batch_size=sizes.batch)
@@ -218,11 +236,14 @@ def bench_step(sizes: Sizes, folder: Path) -> dict[str, Row]:
         trainer.train()
         return times.median
 
+    # A first round for the memory: on a CPU it is watched, which takes time, and on a GPU it compiles what is compiled.
+    peaks = {name: peak_bytes(lambda arm=arm: train(arm)) for name, arm in arms.items()}  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(sizes.rounds):
+    for number in range(sizes.rounds):
+        if number and time.perf_counter() > stop:
+            break
         for name, arm in arms.items():
             seconds[name].append(train(arm))
-    peaks = {name: peak_bytes(lambda arm=arm: train(arm)) for name, arm in arms.items()}  # type: ignore[misc]
     size = sum(parameter.numel() for parameter in student.parameters())
     of_teacher = sum(parameter.numel() for parameter in teacher.parameters())
     say(f"step: student {size:,} parameters, teacher {of_teacher:,}")
@@ -274,15 +295,16 @@ def run(options: argparse.Namespace) -> None:
         if options.out.exists() and not options.out.is_file():
             raise GrowError(f"--out {options.out}", "it is no file", "a file, or a path where nothing stands")
     report: dict[str, Any] = {"sizes": dataclasses.asdict(sizes), "environment": environment()}
+    stop = time.perf_counter() + options.limit
     with tempfile.TemporaryDirectory() as folder:
-        report["reading"] = bench_reading(sizes, Path(folder) / "reading")
-        say(
-            "reading: {positions_per_second:,.0f} positions/s of {bytes_per_position} bytes".format(**report["reading"])
-        )
-        report["loss"] = bench_loss(sizes)
+        if sizes.steps:
+            reading = report["reading"] = bench_reading(sizes, Path(folder) / "reading")
+            say("reading: {positions_per_second:,.0f} positions/s of {bytes_per_position} bytes".format(**reading))
+        report["loss"] = bench_loss(sizes, stop)
         show(f"loss: {sizes.positions} positions, hidden {sizes.hidden}, vocabulary {sizes.vocab}", report["loss"])
-        report["step"] = bench_step(sizes, Path(folder))
-        show(f"step: {sizes.batch} x {sizes.length} tokens", report["step"])
+        if sizes.steps:
+            report["step"] = bench_step(sizes, Path(folder), stop)
+            show(f"step: {sizes.batch} x {sizes.length} tokens", report["step"])
     if options.out:
         write_json(options.out, report)
 
@@ -291,6 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
     parser = parser_of(__doc__)
     parser.add_argument("--sizes", choices=SIZES, default="cpu", help="a row of SIZES in this file (default: cpu)")
+    parser.add_argument("--limit", type=float, default=math.inf, help="no new round after so many seconds")
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args(arguments)
     return guarded(lambda: run(options), "Nothing is kept.")

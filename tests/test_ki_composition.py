@@ -9,6 +9,7 @@ import pytest
 import torch
 from ki_tiny import (
     VOCAB,
+    arguments,
     bert,
     collate,
     examples,
@@ -23,7 +24,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 import growlib
-from growlib import GrowError, KIConfig, KIMixin
+from growlib import GrowError, KIConfig, KIMixin, KITrainer
 from growlib.ki import ki_loss
 
 
@@ -155,13 +156,64 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         assert [two.get(name) for name in names] == pytest.approx([one[name] for name in names], rel=1e-4)
 
 
-def test_an_auxiliary_loss_is_refused(tmp_path):
+def mixture_of_experts(weight=0.3):
+    torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MixtralConfig(
-        vocab_size=VOCAB, num_key_value_heads=1, num_local_experts=2, output_router_logits=True, **sizes
-    )
+        vocab_size=VOCAB, num_key_value_heads=1, num_local_experts=2, output_router_logits=True, num_experts_per_tok=1,
+        router_aux_loss_coef=weight, initializer_range=0.3, **sizes,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+class WholeLogits(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+class TaughtByLogits(KIMixin, WholeLogits): ...
+
+
+@pytest.mark.parametrize("kind", [KITrainer, TaughtByLogits])
+def test_an_auxiliary_loss_is_added_whatever_alpha_is(tmp_path, kind):
+    """(1 - α) CE + α KL + weight · auxiliary, value and gradient and logs, from the head and from whole logits."""
+    student, teacher, batch = mixture_of_experts(), llama(1), collate(examples(4))
+    ki = KIConfig(teacher=teacher, alpha=0.6, schedule="constant", stop_at=None)
+    taught = kind(model=student, args=arguments(tmp_path), train_dataset=examples(4), data_collator=collate, ki=ki)
+    student.train()
+    loss = taught.compute_loss(student, dict(batch))
+    outputs = student(**batch)
+    added = 0.3 * outputs.aux_loss
+    assert added > 0.1
+    of_teacher = teacher(input_ids=batch["input_ids"]).logits.detach()
+    expected = ki_loss(outputs.logits[:, :-1], batch["labels"][:, 1:], of_teacher[:, :-1], alpha=0.6)
+    torch.testing.assert_close(loss, expected.loss + added)
+    both = [torch.autograd.grad(one, list(student.parameters())) for one in (loss, expected.loss + added)]
+    for mine, twin in zip(*both, strict=True):
+        torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-6)
+    logs = taught._ki_metrics.drain(taught.accelerator)
+    found = [logs[name] for name in ("ki/ce", "ki/kd", "ki/aux")]
+    assert found == pytest.approx([expected.ce.item(), expected.kd.item(), added.item()], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [KITrainer, TaughtByLogits])
+def test_micro_batches_add_their_auxiliary_loss_as_the_trainer_does(tmp_path, kind):
+    """A teacher that is all but silent leaves the stock Trainer's steps."""
+    options = {"max_steps": 2, "gradient_accumulation_steps": 2}
+    ki = KIConfig(teacher=llama(1), alpha=1e-9, schedule="constant", stop_at=None)
+    students = [mixture_of_experts() for _ in range(2)]
+    train(tmp_path, students[0], ki, examples(16), kind, **options)
+    train(tmp_path, students[1], None, examples(16), Trainer, **options)
+    torch.testing.assert_close(*map(parameters, students), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [KITrainer, TaughtByLogits])
+def test_an_auxiliary_loss_of_unknown_weight_is_refused(tmp_path, kind):
+    student = mixture_of_experts()
+    student.config.router_aux_loss_coef = 0.4  # what it adds has 0.3
     with pytest.raises(GrowError, match="auxiliary"):
-        train(tmp_path, MixtralForCausalLM(config), half(llama(1)), examples(8))
+        train(tmp_path, student, half(llama(1)), examples(8), kind)
 
 
 def test_a_student_without_logits_is_refused(tmp_path):

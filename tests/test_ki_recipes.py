@@ -200,6 +200,17 @@ def test_the_benchmark_runs(tmp_path, capsys):
     assert "from a cache" in capsys.readouterr().out
 
 
+def test_a_benchmark_of_the_head_alone_ends_at_its_limit(tmp_path, monkeypatch):
+    """The loss is measured once, and neither a step nor the reading of a cache."""
+    rounds = []
+    head = dataclasses.replace(bench_ki.SIZES["tiny"], layers=0, steps=0, rounds=5)
+    monkeypatch.setitem(bench_ki.SIZES, "tiny", head)
+    monkeypatch.setattr(bench_ki, "ratios", lambda seconds: rounds.append(seconds) or {})
+    assert bench_ki.main(["--sizes", "tiny", "--limit", "0", "--out", str(tmp_path / "bench.json")]) == 0
+    assert {len(times) for times in rounds[0].values()} == {1}
+    assert json.loads((tmp_path / "bench.json").read_text()).keys() == {"sizes", "environment", "loss"}
+
+
 def test_the_chunked_arm_of_the_benchmark_runs_under_autocast(tmp_path):
     """As the forward pass of the other arms."""
     seen, student = [], llama(0)

@@ -182,6 +182,27 @@ def test_the_teacher_equal_to_the_student_gives_its_logits(tmp_path, name):
     assert not predicted(taught, batch).requires_grad
 
 
+@pytest.mark.parametrize("top_k", [None, 8])
+@pytest.mark.parametrize(("dtype", "computed"), [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)])
+def test_half_precision_teachers_compute_in_their_own_dtype(tmp_path, dtype, computed, top_k):
+    """Under autocast in bfloat16, which casts what a float32 teacher multiplies and nothing of another."""
+    ki = KIConfig(teacher=llama(1, hidden=8).to(dtype), top_k=top_k)
+    taught, batch, found = trainer(tmp_path, llama(0), ki), collate(examples(2)), []
+    positions = Positions.of(batch, taught._ki_task)
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function.overloadpacket is torch.ops.aten.mm:
+                found.append(result.dtype)
+            return result
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), Products():
+        taught._ki_provider.parts(batch, positions)
+    assert len(found) >= 8 + (top_k is not None)
+    assert set(found) == {computed}
+
+
 def test_inputs_that_the_teacher_does_not_name_are_left_out(tmp_path):
     class Narrow(type(llama(0))):
         def forward(self, input_ids):

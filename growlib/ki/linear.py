@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from growlib.errors import GrowError
+from growlib.ki import fused
 from growlib.ki.loss import NO_LABEL, KILoss, check_request, targets_for
 from growlib.ki.predictions import Predictions, as_predictions, check_positions
 from growlib.ki.projection import Projection
@@ -47,7 +48,7 @@ def linear_ki_loss(
             different data, pass `weight.full_tensor(grad_placements=[Partial()])`, whose gradient is the sum.
         teacher: as in `ki_loss`; a Projection's hidden states may be of another size.
         logit_scale, softcap: what the model does to its logits; see `Projection`.
-        chunk: positions at once; None: as many as `CHUNK_BYTES` of logits hold.
+        chunk: positions at once; None: as many as `CHUNK_BYTES` of logits hold, on CUDA as `fused.chunk_size` says.
         recompute: compute the gradients in the backward pass, with one more product with the head; False: in the
             forward pass, which keeps the head's gradient in float32.
         alpha, temperature, ignore_index, num_items, gate: as in `ki_loss`, also what is refused.
@@ -110,7 +111,8 @@ def linear_ki_sums(
     device = student.hidden.device.type
     if torch.is_autocast_enabled(device) and student.hidden.dtype != torch.float64:  # which autocast leaves alone
         student = student.cast(torch.get_autocast_dtype(device))
-    chunk = chunk or chunk_size(student.vocab)
+    usual = fused.chunk_size(student, teacher) if fused.usable(student) else chunk_size(student.vocab)
+    chunk = chunk or usual
     settings = _Settings(student.scale, student.softcap, temperature, gate, chunk, recompute, numbers_only)
     exact = torch.promote_types(student.hidden.dtype, torch.float32)
     alpha = student.hidden.new_zeros((), dtype=exact) + (alpha.to(exact) if isinstance(alpha, Tensor) else alpha)
@@ -184,29 +186,20 @@ def _run(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The sums [d loss / d α, *KISums], and the gradients of (hidden, weight, bias) that are wanted."""
     hidden, weight, bias = student.hidden, student.weight, student.bias
-    sums = alpha.new_zeros(7)
+    of_chunks = fused.FusedChunks if fused.usable(student) else PlainChunks
+    chunks: fused.Chunks = of_chunks(
+        student, alpha, labels, teacher, settings.temperature, settings.gate, settings.numbers_only
+    )
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     d_weight = torch.zeros_like(weight, dtype=alpha.dtype) if wanted[1] else None
     d_bias = torch.zeros_like(bias, dtype=alpha.dtype) if wanted[2] and bias is not None else None
     for start in range(0, len(labels), settings.chunk):
         rows = slice(start, start + settings.chunk)
-        logits = student.rows(rows).logits()
-        slope = None if settings.softcap is None else 1 - (logits / settings.softcap).square()
-        targets = targets_for(logits, teacher.rows(rows), settings.temperature)
-        no_numbers = targets.no_numbers
-        sums[4:6] += teacher_ce(targets, labels[rows])
-        sums[6] += no_numbers.sum()
-        heard = ~no_numbers if settings.numbers_only else None
-        parts, gradient = _chunk_loss(logits, labels[rows], targets, alpha, settings.gate, heard, any(wanted))
-        sums[:4] += parts
+        gradient = chunks.gradient(rows, any(wanted))
         if gradient is None:
             continue
-        if slope is not None:
-            gradient *= slope
-        if settings.scale != 1.0:
-            gradient *= settings.scale
         if d_bias is not None:
-            d_bias += gradient.sum(0)
+            d_bias += gradient.sum(0, dtype=d_bias.dtype)
         gradient = gradient.to(weight.dtype)
         if d_hidden is not None:
             torch.mm(gradient, weight, out=d_hidden[rows])
@@ -215,7 +208,44 @@ def _run(
                 d_weight.addmm_(gradient.T, hidden[rows])
             else:
                 d_weight += gradient.T @ hidden[rows]
-    return sums, [d_hidden, None if d_weight is None else d_weight.to(weight.dtype), d_bias]
+    return chunks.sums, [d_hidden, None if d_weight is None else d_weight.to(weight.dtype), d_bias]
+
+
+class PlainChunks:
+    """A `fused.Chunks` in PyTorch, for every device and dtype."""
+
+    def __init__(
+        self,
+        student: Projection,
+        alpha: Tensor,
+        labels: Tensor,
+        teacher: Predictions,
+        temperature: float,
+        gate: bool,
+        numbers_only: bool,
+    ) -> None:
+        self.student, self.alpha, self.labels, self.teacher = student, alpha, labels, teacher
+        self.temperature, self.gate, self.numbers_only = temperature, gate, numbers_only
+        self.sums = alpha.new_zeros(7)
+
+    def gradient(self, rows: slice, wanted: bool) -> Tensor | None:
+        student, labels = self.student, self.labels[rows]
+        logits = student.rows(rows).logits()
+        slope = None if student.softcap is None else 1 - (logits / student.softcap).square()
+        targets = targets_for(logits, self.teacher.rows(rows), self.temperature)
+        no_numbers = targets.no_numbers
+        self.sums[4:6] += teacher_ce(targets, labels)
+        self.sums[6] += no_numbers.sum()
+        heard = ~no_numbers if self.numbers_only else None
+        parts, gradient = _chunk_loss(logits, labels, targets, self.alpha, self.gate, heard, wanted)
+        self.sums[:4] += parts
+        if gradient is None:
+            return None
+        if slope is not None:
+            gradient *= slope
+        if student.scale != 1.0:
+            gradient *= student.scale
+        return gradient
 
 
 def _chunk_loss(

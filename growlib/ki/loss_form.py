@@ -15,6 +15,8 @@ from growlib.ki.tasks import LABELS, WITHOUT_HEAD, Positions, Task, decoder_inpu
 
 logger = logging.getLogger("growlib")
 
+ROUTED = "output_router_logits"  # in a config and in a forward pass: with it, the auxiliary loss is in the loss
+
 
 class LossForm(NamedTuple):
     """How a step computes its loss.
@@ -23,11 +25,13 @@ class LossForm(NamedTuple):
         divides: the loss is a sum divided by `num_items_in_batch`, not a mean over the micro-batch.
         access: to the student's head; None: the loss needs whole logits.
         shifts: the labels are aligned as the task says; False: each position predicts its own (BartForCausalLM).
+        auxiliary: what the auxiliary loss of a mixture of experts is multiplied by; None: not known, or there is none.
     """
 
     divides: bool
     access: HeadAccess | None
     shifts: bool
+    auxiliary: float | None = None
 
 
 def find_loss_form(
@@ -54,8 +58,12 @@ def find_loss_form(
     items = positions.mask.sum()
     access: HeadAccess | None = None
     shifts = True
+    auxiliary = None
     with _measuring(model) as model:
         once = loss_behind(model, dict(inputs), items)
+        if getattr(student.config.get_text_config(), ROUTED, False):
+            alone = loss_behind(model, {**inputs, ROUTED: False}, items)
+            auxiliary = _auxiliary(model, student, inputs, once - alone)
         divides = bool(once != loss_behind(model, dict(inputs), 2 * items))
         try:
             if needs_logits is not None:
@@ -63,11 +71,21 @@ def find_loss_form(
             if task not in WITHOUT_HEAD:
                 unlabelled = without_labels(inputs, student, task)
                 access = access_head(student, model, unlabelled)
-                shifts = _shifts(once, model(**unlabelled).logits, inputs, task)
+                plain = once if auxiliary is None else alone
+                shifts = _shifts(plain, model(**unlabelled).logits, inputs, task)
         except NoHeadAccess as reason:
             access = None
             logger.warning("The loss is computed from whole logits: %s.", reason)
-    return LossForm(divides, access, shifts)
+    return LossForm(divides, access, shifts, auxiliary)
+
+
+def _auxiliary(model: nn.Module, student: PreTrainedModel, inputs: dict[str, Any], added: Tensor) -> float | None:
+    """The config's weight of the auxiliary loss, if it is what the trainer behind the mixin `added`."""
+    weight = getattr(student.config.get_text_config(), "router_aux_loss_coef", None)
+    value = model(**inputs).get("aux_loss")
+    if value is None or not weight or abs(added - weight * value) > 1e-2 * weight * value:
+        return None
+    return weight
 
 
 def is_plain(

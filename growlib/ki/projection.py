@@ -59,9 +59,13 @@ class Projection:
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
 
+    def raw(self) -> Tensor:
+        """hidden weightᵀ + bias, [N, V]."""
+        return torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+
     def logits(self) -> Tensor:
         """[N, V] in at least float32."""
-        raw = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+        raw = self.raw()
         logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
         if self.scale != 1.0:
             logits = logits * self.scale

@@ -21,7 +21,7 @@ from growlib.ki.predictions import Mixture, Predictions
 from growlib.ki.sources import name_of
 from growlib.ki.targets import Targets
 from growlib.ki.tasks import Positions, outcomes, task_of
-from growlib.ki.teacher import Teacher, resolve_teacher
+from growlib.ki.teacher import Teacher, in_own_dtype, resolve_teacher
 
 DOMAIN = "ki_domain"  # of each row of a batch, the number of its teacher, int64 [B]
 CHUNK = 1024  # positions of held-out logits at once
@@ -76,7 +76,9 @@ class OnlineProvider:
         if k is None:
             return [Part(self.name, None, predictions, None)]
         tail, temperature = self.config.tail or "bucket", self.config.temperature
-        return [Part(self.name, None, Targets.top_k(predictions, k, tail=tail, temperature=temperature), None)]
+        with in_own_dtype(self.teacher.model, positions.labels.device):
+            top_k = Targets.top_k(predictions, k, tail=tail, temperature=temperature)
+        return [Part(self.name, None, top_k, None)]
 
     @torch.no_grad()
     def _ce_of(self, batch: dict[str, Any], positions: Positions) -> Tensor:

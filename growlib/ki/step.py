@@ -26,7 +26,8 @@ logger = logging.getLogger("growlib")
 
 ASKED = "Knowledge Inheritance"
 ECHO = 1e-3  # nats per position: a teacher so close to its student has nothing to teach it
-Sums = tuple[Tensor, Tensor, Tensor, Tensor]  # CE, KL, the teacher's CE, and over how many positions the last is known
+# CE, KL, the teacher's CE, over how many positions the last is known, and the auxiliary loss of a mixture of experts
+Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 class KIMetrics:
@@ -38,14 +39,17 @@ class KIMetrics:
 
     def __init__(self) -> None:
         self.alpha = 0.0
-        self._sums: Tensor | None = None  # ce, kd, teacher_ce, positions, positions with a teacher_ce
+        self._sums: Tensor | None = None  # ce, kd, teacher_ce, positions, positions with a teacher_ce, auxiliary, steps
         self._first: Tensor | None = None  # the same of the first micro-batch
         self._told = False
 
     @torch.no_grad()
-    def add(self, ce: Tensor, kd: Tensor, teacher_ce: Tensor, known: Tensor, positions: int) -> None:
+    def add(
+        self, ce: Tensor, kd: Tensor, teacher_ce: Tensor, known: Tensor, auxiliary: Tensor | None, positions: int
+    ) -> None:
         """Add a micro-batch: sums over its positions, in nats; `teacher_ce` is over `known` of them."""
-        sums = torch.stack([ce.detach(), kd.detach(), teacher_ce, known.new_tensor(positions), known]).float()
+        count, (aux, has_aux) = known.new_tensor(positions), _value_and_count(auxiliary, known)
+        sums = torch.stack([ce.detach(), kd.detach(), teacher_ce, count, known, aux, has_aux]).float()
         self._first = sums if self._first is None else self._first
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -53,12 +57,14 @@ class KIMetrics:
         """The means over all processes since the last call; every process must call it at the same step."""
         logs = {"ki/alpha": self.alpha}
         if self._sums is not None:
-            ce, kd, teacher_ce, positions, known = accelerator.reduce(self._sums, "sum").tolist()
+            ce, kd, teacher_ce, positions, known, aux, has_aux = accelerator.reduce(self._sums, "sum").tolist()
             self._sums = None
             if positions:
                 logs |= {"ki/ce": ce / positions, "ki/kd": kd / positions}
             if known:
                 logs["ki/teacher_ce"] = teacher_ce / known
+            if has_aux:
+                logs["ki/aux"] = aux / has_aux
         if accelerator.is_main_process:
             self._tell_of_an_echo()
         return logs
@@ -68,7 +74,7 @@ class KIMetrics:
         if self._told or self._first is None:
             return
         self._told = True
-        _, kd, _, positions, _ = self._first.tolist()
+        _, kd, _, positions, *_ = self._first.tolist()
         if positions and kd / positions < ECHO:
             logger.warning(
                 "This teacher adds nothing: in the first batch it predicts what the student predicts (KL %.1e nats per"
@@ -77,15 +83,26 @@ class KIMetrics:
             )
 
 
+def _value_and_count(value: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A value that may not be there, and how often it is."""
+    zero = torch.zeros_like(like)
+    return (zero, zero) if value is None else (value.detach().to(like), torch.ones_like(like))
+
+
 @dataclass(frozen=True)
 class Step:
-    """What both forms of the loss need: the teacher's parts, the batch's positions, α, the settings and the guard."""
+    """What both forms of the loss need: the teacher's parts, the batch's positions, α, the settings and the guard.
+
+    `auxiliary` is what an auxiliary loss has been multiplied by, and `scale` what the trainer's own loss has been.
+    """
 
     parts: list[Part]
     positions: Positions
     alpha: float
     ki: KIConfig
     guard: Guard
+    auxiliary: float | None = None
+    scale: int = 1
 
 
 def linear_step(
@@ -118,13 +135,16 @@ def linear_step(
 
     with access.replaced(at_head):
         outputs = model(**inputs)
-    _refuse_auxiliary_loss(outputs)
+    auxiliary = _auxiliary_loss(outputs, step)
     if not losses:
         raise GrowError(ASKED, "the student no longer uses its head", "the head of the first step")
     first = outputs["logits"].reshape(-1)[0]
     ce, kd, teacher, known = torch.stack(sums).sum(0)
     # At 0, a soft-cap has slope 1.
-    return losses[0] + (first - first.detach()) / access.scale, (ce, kd, teacher, known)
+    loss = losses[0] + (first - first.detach()) / access.scale
+    if auxiliary is not None:
+        loss = loss + step.scale * auxiliary.to(loss.device)
+    return loss, (ce, kd, teacher, known, auxiliary)
 
 
 @torch.no_grad()
@@ -156,7 +176,7 @@ def plain_step(
         valid = "a model whose loss is the plain cross-entropy, with access to its head (the log says what is missing)"
         raise GrowError("KIConfig(gate=True)", "the loss of this student is not known position by position", valid)
     logits = logits_of(outputs, step.positions, task)
-    _refuse_auxiliary_loss(outputs)
+    auxiliary = _auxiliary_loss(outputs, step)
     if not logits.requires_grad:
         raise _no_gradient(behind_is_plain())
     labels = step.positions.labels
@@ -173,8 +193,14 @@ def plain_step(
         kd = kd + (kd_n if shares is None else kd_n * shares[rows]).sum()
         known = known + (teacher_ce(targets, labels[rows]) if part.teacher_ce is None else part.teacher_ce)
     # The mean over no position is NaN; its gradient is 0, as the KL's.
+    if auxiliary is None:
+        loss = mix(ce, kd * weight, step.alpha)
+    else:  # α weighs the cross-entropy alone
+        added = step.scale * auxiliary.to(ce.device)
+        ce = ce - added
+        loss = mix(ce, kd * weight, step.alpha) + added
     ce_sum = ce / weight if step.positions.count else torch.zeros_like(ce)
-    return mix(ce, kd * weight, step.alpha), (ce_sum, kd, known[0], known[1])
+    return loss, (ce_sum, kd, known[0], known[1], auxiliary)
 
 
 def _no_gradient(behind_is_plain: bool) -> GrowError:
@@ -200,8 +226,12 @@ def logits_of(outputs: Any, positions: Positions, task: Task) -> Tensor:
     return logits
 
 
-def _refuse_auxiliary_loss(outputs: Any) -> None:
+def _auxiliary_loss(outputs: Any, step: Step) -> Tensor | None:
+    """What the student adds to its cross-entropy; raises GrowError where the first batch did not show its weight."""
     for name, value in outputs.items():
         if name.endswith(("aux_loss", "z_loss")) and value is not None:
-            wrong = f"the student adds an auxiliary loss ({name}), which the weight 1 - α would reduce to 0"
+            if name == "aux_loss" and step.auxiliary is not None:
+                return step.auxiliary * value
+            wrong = f"the student adds an auxiliary loss ({name}), and its config does not tell the weight that it has"
             raise GrowError(ASKED, wrong, "output_router_logits=False")
+    return None

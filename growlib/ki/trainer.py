@@ -39,7 +39,8 @@ class KIMixin(_Base):
     behind the mixin works alone.
 
     Logged at the logging steps, over the steps since the last one and all processes: `ki/alpha` (of the last
-    step), and in nats per position `ki/ce` (L), `ki/kd` (with τ²) and `ki/teacher_ce` (the teacher's own CE).
+    step), and in nats per position `ki/ce` (L), `ki/kd` (with τ²) and `ki/teacher_ce` (the teacher's own CE). The
+    auxiliary loss of a mixture of experts is added as the student adds it, whatever α is; `ki/aux` is its mean.
 
     Args:
         ki: the settings; None: no teacher, exactly the trainer behind the mixin.
@@ -103,11 +104,12 @@ class KIMixin(_Base):
         positions = self._ki_positions(inputs, form.shifts)
         with self.accelerator.autocast():
             parts = self._ki_provider.parts(batch, positions)
-        step = Step(parts, positions, alpha, self.ki, self._ki_guard)
+        scale = _loss_scale(self, num_items_in_batch)
+        step = Step(parts, positions, alpha, self.ki, self._ki_guard, form.auxiliary, scale)
         divides = num_items_in_batch is not None and form.divides
         denominator: Any = num_items_in_batch if divides else max(positions.count, 1)
         # Of one position; of none, a micro-batch may be the whole denominator, which is then 0.
-        weight = _loss_scale(self, num_items_in_batch) / denominator if positions.count else 0.0
+        weight = scale / denominator if positions.count else 0.0
         if form.access is not None and not return_outputs:
             unlabelled = without_labels(inputs, _bare_student(self), self._ki_task)
             loss, sums = linear_step(step, form.access, model, unlabelled, weight)
