@@ -18,6 +18,7 @@ from growlib.growth_plan import GrowthPlan, Shape, Skeleton, TensorPlan
 from growlib.layouts import Dim, Layout
 from growlib.maps import AxisMap, LayerMap, split_evenly
 from growlib.operators import Method
+from growlib.parts import beside, flat, text_of, value_of
 from growlib.reasons import EffectOf, of_architecture, of_config
 
 Maps = Mapping[str, AxisMap]
@@ -84,7 +85,7 @@ def make_plan(request: Request) -> GrowthPlan:
         layers=layers,
         tensors=tensors,
         reasons=tuple(dict.fromkeys(reasons)),
-        initializer_range=getattr(source.config, "initializer_range", 0.02),
+        initializer_range=getattr(text_of(source.config), "initializer_range", 0.02),
         learned=method.learned,
     )
 
@@ -153,7 +154,7 @@ def _layer_kinds(stack: Stack, model: Skeleton) -> dict[int, set[str]]:
         base = model.base(name)
         if (layer := stack.layer_of(base)) is not None:
             kinds[layer].add(base.partition(f".{layer}.")[2])
-    for key, value in model.config.to_dict().items():
+    for key, value in beside(flat(model.config), stack.layers).items():
         if isinstance(value, list) and len(value) == len(kinds):
             for layer, kind in enumerate(value):
                 kinds[layer].add(f"{key}: {kind}")
@@ -168,7 +169,7 @@ def _of_layers(layers: LayerMap) -> AxisMap:
 
 def _for_scores(axis_map: AxisMap, axis: Axis, config: PreTrainedConfig) -> AxisMap:
     """The map, less the growth of 1/sqrt(head_dim) that it takes back, where the scores have no such factor."""
-    if not axis.scaled_by or (axis.scaled_by != "never" and getattr(config, axis.scaled_by)):
+    if not axis.scaled_by or (axis.scaled_by != "never" and value_of(config, axis.scaled_by)):
         return axis_map
     wider = (axis_map.new / axis_map.old) ** 0.5
     if axis_map.new_writes == "zero":  # queries under a norm, whose weight holds the scale
@@ -185,9 +186,10 @@ def _tensors(request: Request, maps: Maps, layers: Layers) -> Iterator[TensorPla
     embedding, head = wider**-table.embedding_power, wider**-table.head_power
     for name, new_shape in target.shapes.items():
         row, stack, layer = table.template(target.base(name))
+        origin = row if row in (alias for pair in table.ties.items() for alias in pair) else target.base(name)
         if table.ties.get(row) in target.aliases:
-            row = table.ties[row]  # a tied head that stands before its embedding grows as the embedding does
-        layout, constant, origin, more = table.tensors[row], None, row, {}
+            row = origin = table.ties[row]  # a tied head that stands before its embedding grows as the embedding does
+        layout, constant, more = table.tensors[row], None, {}
         if stack:
             origin = row.replace("*", str(layers[stack.layers].source[layer]), 1)
             constant = _identity_constant(stack, row, layer, layers[stack.layers])

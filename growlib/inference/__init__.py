@@ -23,6 +23,7 @@ from growlib.inference.label import draft
 from growlib.inference.tiny import tiny_config, tiny_model
 from growlib.inference.verifier import followers, growths, only_copies, trial, unverified, verdicts
 from growlib.operators import Method
+from growlib.parts import flat, last_word, parts_of, value_of
 
 Class = tuple[type[PreTrainedModel], str]  # and its switches
 
@@ -81,7 +82,8 @@ def _proven(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Arc
 
 
 def _switches(small: PreTrainedConfig) -> str:
-    fields = {key: value for key, value in small.to_dict().items() if key not in OWN_FIELDS}
+    fields = {key: value for key, value in flat(small).items() if last_word(key) not in OWN_FIELDS}
+    fields |= {f"{name}.model_type": part.model_type for name, part in parts_of(small).items()}
     return json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -171,7 +173,8 @@ def _first_exact(
     tried = list(table.candidates)
     for name, candidate in candidates:
         field = candidate.axes[axis].size.split()[0]
-        fields = {field: 2 * getattr(model.config, field)} if hasattr(model.config, field) else {}
+        size = value_of(model.config, field)
+        fields = {} if size is None else {field: 2 * size}
         fields |= followers(candidate, model.config, fields, heads=axis == "hidden")
         grew, verdict = trial(candidate, model, fields)
         if verdict.exact and Growth(axis, "x2") not in grew:
