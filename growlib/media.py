@@ -63,7 +63,7 @@ def with_media(model: PreTrainedModel, words: Words, rows: int, seed: int) -> di
 
     `words` makes token ids [rows, length]. Each row has an image of its own.
     """
-    if not parts_of(model.config) or any(p.is_meta for p in model.parameters()):
+    if not parts_of(model.config):
         return {}
     found = _forms.setdefault(model, {})
     for kind in KINDS:
@@ -177,7 +177,7 @@ def _run(model: PreTrainedModel, given: Given) -> Tensor | None:
 def _candidates(model: PreTrainedModel, kind: str, rows: int, seed: int) -> Iterator[Given]:
     generator = torch.Generator().manual_seed(seed)
     takes = _parameters(model)
-    device = model.device
+    device = torch.device("cpu") if model.device.type == "meta" else model.device  # a model that is read while it runs
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, model.dtype)

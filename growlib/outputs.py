@@ -64,7 +64,7 @@ def every_input(
     if "input_ids" not in given:
         return [given]
     generator = torch.Generator().manual_seed(seed)
-    rows, device = 1 if copies else len(given["input_ids"]), model.device
+    rows, device = 1 if copies else len(given["input_ids"]), given["input_ids"].device
 
     def words(count: int) -> Tensor:
         return _token_ids(model, rows, count, generator).to(device)

@@ -105,6 +105,8 @@ def _share(rows: list[probe.Row]) -> float:
 
 def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> None:
     width = state.seen.inputs[reader].shape[-1]
+    if not state.grows(reader) and width != state.hidden:
+        return  # a width of another part
     reading = read_rows(writers, width)
     names = {}
     kv_heads = reading.sizes.get("kv_heads")
