@@ -35,8 +35,8 @@ NO_FUNCTION = OWN_FIELDS | {
 Target = PreTrainedConfig | Mapping[str, Any] | str | Path
 
 
-# (old number of layers, new number) -> the source layer of each new layer
-LayerSources = Callable[[int, int], Sequence[int]]
+# (the field that counts them, old number of layers, new number) -> the source layer of each new layer
+LayerSources = Callable[[str, int, int], Sequence[int]]
 
 
 def resolve(
@@ -202,7 +202,7 @@ def _override(
                 fields[heads] = _more_heads(asked, source, heads, width, fields[width])
     for layers, old in table.layer_counts(source).items():
         if type(fields[layers]) is int and fields[layers] > old:
-            sources = layer_sources(old, fields[layers])
+            sources = layer_sources(layers, old, fields[layers])
             follow_layers(fields, layers, old, sources, named)
     try:
         return rebuilt(source, fields)

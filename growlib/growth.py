@@ -53,7 +53,10 @@ def plan_of(
     if isinstance(target_config, PreTrainedConfig | Mapping):
         refuse_impossible(source, table, target_config)
     layers = chosen if chosen.depth else operators.method("lossless")  # so that make_plan can say that depth is missing
-    target = config.resolve(source.config, target_config, table, lambda old, new: layer_map(layers, old, new).source)
+    stacks = {stack.layers: stack for stack in table.stacks}
+    target = config.resolve(
+        source.config, target_config, table, lambda name, old, new: layer_map(layers, stacks[name], old, new).source
+    )
     if target.model_type == source.config.model_type:
         if chosen.reset:
             raise GrowError(f"method {chosen.name!r}", "the target has no experts to make", "the config of a mixture")

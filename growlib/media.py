@@ -203,7 +203,10 @@ def _images(config: Any, takes: set[str], rows: int, drawn: Drawn, whole: Whole)
     across = 2 * merge
     count, grid = across * across, whole([1, across, across])
     if "image_grid_thw" in takes:
-        for values in (drawn(rows * count, channels * frames * patch * patch), drawn(rows * count, channels, patch, patch)):
+        for values in (
+            drawn(rows * count, channels * frames * patch * patch),
+            drawn(rows * count, channels, patch, patch),
+        ):
             yield {"pixel_values": values, "image_grid_thw": grid}
     if "image_grid_hw" in takes:
         yield {"pixel_values": drawn(rows * count, channels, patch, patch), "image_grid_hw": grid[:, 1:]}

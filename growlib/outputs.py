@@ -53,9 +53,7 @@ def inputs_of(model: PreTrainedModel, batch: int = 2, length: int = 7, seed: int
     return {name: v.expand(batch, *v.shape[1:]).contiguous() if rows == 1 else v for name, v in given.items()}
 
 
-def every_input(
-    model: PreTrainedModel, length: int = 7, seed: int = 1, copies: int = 0
-) -> list[dict[str, Tensor]]:
+def every_input(model: PreTrainedModel, length: int = 7, seed: int = 1, copies: int = 0) -> list[dict[str, Tensor]]:
     """What `inputs_of` makes, and for a model of several parts the same with an image and with a sound.
 
     `copies` is how many equal rows to make instead of two that differ.

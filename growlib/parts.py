@@ -14,9 +14,8 @@ from growlib.errors import GrowError
 def parts_of(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
     """The configs inside a config, by their dotted names."""
     found: dict[str, PreTrainedConfig] = {}
-    for name in config.to_dict():
-        part = getattr(config, name, None)
-        if isinstance(part, PreTrainedConfig):
+    for name, part in vars(config).items():
+        if isinstance(part, PreTrainedConfig) and not name.startswith("_"):
             found |= {name: part, **{f"{name}.{inner}": c for inner, c in parts_of(part).items()}}
     return found
 
@@ -25,11 +24,9 @@ def flat(config: PreTrainedConfig) -> dict[str, Any]:
     """All fields, those of parts under dotted names."""
     fields: dict[str, Any] = {}
     for name, value in config.to_dict().items():
-        part = getattr(config, name, None)
-        if isinstance(part, PreTrainedConfig):
-            fields |= {f"{name}.{inner}": v for inner, v in flat(part).items()}
-        else:
-            fields[name] = value
+        part = vars(config).get(name)
+        inside = flat(part) if isinstance(part, PreTrainedConfig) else None
+        fields |= {name: value} if inside is None else {f"{name}.{inner}": v for inner, v in inside.items()}
     return fields
 
 

@@ -116,14 +116,23 @@ def _maps(request: Request) -> dict[str, AxisMap]:
 
 
 def _layer_map(request: Request, stack: Stack) -> LayerMap:
-    return layer_map(request.method, request.old[stack.layers], request.new[stack.layers])
+    return layer_map(request.method, stack, request.old[stack.layers], request.new[stack.layers])
 
 
-def layer_map(method: Method, old: int, new: int) -> LayerMap:
+def layer_map(method: Method, stack: Stack, old: int, new: int) -> LayerMap:
     """The method's map of one stack; a method without depth leaves it as it is."""
     if method.depth is None:
         return LayerMap(old, tuple(range(old)), (False,) * old)
-    return contract.checked_layers(method.depth(old, new), method.name, old, new)
+    layers = contract.checked_layers(method.depth(old, new), method.name, old, new)
+    if not stack.numbered or not any(layers.identity):
+        return layers
+    order = sorted(range(new), key=lambda place: layers.identity[place])  # stable: old layers first, in their order
+    return dataclasses.replace(
+        layers,
+        source=tuple(layers.source[place] for place in order),
+        identity=tuple(layers.identity[place] for place in order),
+        share=tuple(layers.share[place] for place in order) if layers.share else (),
+    )
 
 
 def _fitted(layers: LayerMap, stack: Stack, source: Skeleton, target: Skeleton) -> LayerMap:

@@ -26,7 +26,14 @@ VIT = {
     "image_size": 16,
     "patch_size": 4,
 }
-QWEN_VIT = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 28, "patch_size": 4, "out_hidden_size": 32}
+QWEN_VIT = {
+    "depth": 2,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "intermediate_size": 28,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+}
 WHISPER = {
     "d_model": 16,
     "encoder_layers": 2,
@@ -60,7 +67,12 @@ COMPOSITES = {
     ),
     "Gemma3ForConditionalGeneration": (
         {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62, "mm_tokens_per_image": 4},
-        {**TEXT, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8},
+        {
+            **TEXT,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 8,
+        },
         {"vision_config": SIGLIP},
     ),
     "PaliGemmaForConditionalGeneration": (
@@ -91,7 +103,16 @@ COMPOSITES = {
     "Qwen2VLForConditionalGeneration": (
         IDS,
         {**TEXT, **MROPE},
-        {"vision_config": {"depth": 2, "embed_dim": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4, "hidden_size": 32}},
+        {
+            "vision_config": {
+                "depth": 2,
+                "embed_dim": 16,
+                "num_heads": 2,
+                "mlp_ratio": 2,
+                "patch_size": 4,
+                "hidden_size": 32,
+            }
+        },
     ),
     "Qwen2_5_VLForConditionalGeneration": (
         IDS,
@@ -101,7 +122,7 @@ COMPOSITES = {
     "Qwen3VLForConditionalGeneration": (
         IDS,
         {**TEXT, **MROPE},
-        {"vision_config": {**QWEN_VIT, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
+        {"vision_config": {**QWEN_VIT, "depth": 3, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}},
     ),
     "Llama4ForConditionalGeneration": (
         {"image_token_index": 60},
@@ -146,6 +167,125 @@ COMPOSITES = {
             }
         },
     ),
+    "Cohere2VisionForConditionalGeneration": (
+        {"image_token_id": 60, "alignment_intermediate_size": 40, "downsample_factor": 2},
+        {"model_type": "cohere2", **TEXT, "sliding_window": 8},
+        {"vision_config": SIGLIP},
+    ),
+    "LightOnOcrForConditionalGeneration": (
+        {"image_token_id": 60},
+        {"model_type": "qwen3", **TEXT},
+        {"vision_config": {"model_type": "pixtral", **VIT, "head_dim": 8}},
+    ),
+    "Ovis2ForConditionalGeneration": (
+        {"image_token_id": 60, "visual_indicator_token_ids": [61, 62, 63, 64, 65], "hidden_size": 24},
+        {"model_type": "qwen2", **TEXT},
+        {"vision_config": {**VIT, "vocab_size": 30, "hidden_stride": 2, "num_visual_indicator_tokens": 5}},
+    ),
+    "VideoLlavaForConditionalGeneration": (
+        {"image_token_index": 60, "video_token_index": 61},
+        {**LLAMA, **TEXT},
+        {"vision_config": CLIP},
+    ),
+    "DeepseekVLForConditionalGeneration": ({"image_token_id": 60}, {**LLAMA, **TEXT}, {"vision_config": SIGLIP}),
+    "GotOcr2ForConditionalGeneration": (
+        {"image_token_index": 60},
+        {"model_type": "qwen2", **TEXT},
+        {
+            "vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 64,
+                "patch_size": 4,
+                "mlp_dim": 32,
+                "output_channels": 16,
+                "window_size": 4,
+                "global_attn_indexes": [1],
+            }
+        },
+    ),
+    "PaddleOCRVLForConditionalGeneration": (IDS, {**TEXT, **MROPE}, {"vision_config": VIT}),
+    "Qwen3VLMoeForConditionalGeneration": (
+        IDS,
+        {**TEXT, **MROPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+        {"vision_config": {**QWEN_VIT, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
+    ),
+    "Qwen3_5ForConditionalGeneration": (
+        IDS,
+        {
+            **TEXT,
+            "hidden_size": 32,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 0],
+                "partial_rotary_factor": 0.25,
+            },
+        },
+        {"vision_config": {**QWEN_VIT, "num_position_embeddings": 16}},
+    ),
+    "Glm4vForConditionalGeneration": (
+        {**IDS, "image_start_token_id": 64, "image_end_token_id": 65},
+        {**TEXT, **MROPE},
+        {"vision_config": {**QWEN_VIT, "image_size": 16}},
+    ),
+    "Idefics2ForConditionalGeneration": (
+        {"image_token_id": 60},
+        {"model_type": "mistral", **TEXT},
+        {
+            "vision_config": VIT,
+            "perceiver_config": {
+                "hidden_size": 24,
+                "resampler_n_latents": 3,
+                "resampler_depth": 2,
+                "resampler_n_heads": 4,
+                "resampler_head_dim": 8,
+                "num_key_value_heads": 2,
+            },
+        },
+    ),
+    "GlmAsrForConditionalGeneration": (
+        {"audio_token_id": 60},
+        {**LLAMA, **TEXT},
+        {
+            "audio_config": {
+                "hidden_size": 16,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_mel_bins": 10,
+                "max_position_embeddings": 100,
+            }
+        },
+    ),
+    "AudioFlamingo3ForConditionalGeneration": (
+        {"audio_token_id": 60},
+        {"model_type": "qwen2", **TEXT},
+        {
+            "audio_config": {
+                "hidden_size": 16,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_mel_bins": 10,
+                "max_source_positions": 40,
+            }
+        },
+    ),
+}
+
+# Exact at whole multiples of the text's width only.
+WHOLE_MULTIPLES = {
+    "Llama4ForConditionalGeneration",
+    "Glm4vForConditionalGeneration",
+    "Idefics2ForConditionalGeneration",
 }
 
 

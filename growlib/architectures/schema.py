@@ -114,6 +114,7 @@ class Stack:
     writers: tuple[str, ...]  # modules or parameters that, zeroed, make a block the identity
     inner_norms: tuple[str, ...] = ()  # post-norm blocks only: the norms before the last one
     last_norm: str = ""
+    numbered: bool = False  # something enters after a layer of a certain number: new layers stand behind all old ones
 
     def row_of(self, name: str, layer: int) -> str:
         """The table row of a tensor in one of the blocks."""
@@ -277,9 +278,14 @@ def to_table(known: Architecture) -> dict[str, Any]:
 
 
 def _stack(
-    layers: str, block: str, writers: Sequence[str], inner_norms: Sequence[str] = (), last_norm: str = ""
+    layers: str,
+    block: str,
+    writers: Sequence[str],
+    inner_norms: Sequence[str] = (),
+    last_norm: str = "",
+    numbered: bool = False,
 ) -> Stack:
-    return Stack(layers, block, tuple(writers), tuple(inner_norms), last_norm)
+    return Stack(layers, block, tuple(writers), tuple(inner_norms), last_norm, numbered)
 
 
 def _condition(row: dict[str, Any]) -> Condition:

@@ -158,7 +158,24 @@ def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Arch
         table = _first_exact(table, variants.of_experts(table), model, "experts")
     if any(axis.role == "query" for axis in table.axes.values()):
         table = _first_exact(table, variants.of_head_dim(table, small), model, "query")
+    if parts_of(small):
+        table = _numbered(table, model)
     return _with_verdicts(table, model)
+
+
+def _numbered(table: Architecture, model: PreTrainedModel) -> Architecture:
+    """The table with stacks marked whose layers must keep their numbers, as where image features enter after some."""
+    for index, stack in enumerate(table.stacks):
+        deeper = {stack.layers: 2 * value_of(model.config, stack.layers)}
+        if trial(table, model, deeper).verdict.exact:
+            continue
+        marked = (*table.stacks[:index], replace(stack, numbered=True), *table.stacks[index + 1 :])
+        verdict = trial(replace(table, stacks=marked), model, deeper).verdict
+        told = (f"{stack.layers}: new layers behind all old ones", verdict)
+        table = replace(table, candidates=(*table.candidates, told))
+        if verdict.exact:
+            table = replace(table, stacks=marked)
+    return table
 
 
 def _with_verdicts(table: Architecture, model: PreTrainedModel) -> Architecture:

@@ -184,5 +184,7 @@ def head_norm_of(state: Draft) -> str:
     head = state.model.get_output_embeddings()
     width = head.in_features if isinstance(head, nn.Linear) else state.hidden
     ran = [name for name in state.seen.outputs if state.grows(name)]
-    over = [n for n in state.norms if n in ran and state.seen.inputs[n].shape[-1] == width and not writes_unit(state, n)]
+    over = [
+        n for n in state.norms if n in ran and state.seen.inputs[n].shape[-1] == width and not writes_unit(state, n)
+    ]
     return max((norm for norm in over if state.norms[norm].scale), key=ran.index, default="")

@@ -75,7 +75,7 @@ def _linear_maps(state: Draft) -> None:
         row = state.row_of(name.removeprefix(state.prefix) + ".weight")
         if not probe.is_linear(module) or row in known or name not in state.seen.outputs:
             continue
-        if not state.grows(name) and state.hidden not in module.weight.shape:
+        if not state.grows(name) and all(size % state.hidden for size in module.weight.shape):
             continue  # a map inside another part
         known.add(row)
         moved = probe.moved_by(state.model, name, probe.out_features(module))
@@ -105,7 +105,7 @@ def _share(rows: list[probe.Row]) -> float:
 
 def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> None:
     width = state.seen.inputs[reader].shape[-1]
-    if not state.grows(reader) and width != state.hidden:
+    if not state.grows(reader) and width % state.hidden:
         return  # a width of another part
     reading = read_rows(writers, width)
     names = {}

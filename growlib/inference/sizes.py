@@ -76,7 +76,9 @@ def candidates(size: int, config: PreTrainedConfig, hint: str) -> list[str]:
         if part_in(name) in ("", text_part(config)) and name not in links
     }
     # A field whose name says what the axis is for comes first, then the usual names.
-    order = sorted(numbers, key=lambda name: (-sum(word in name for word in hint.split()), last_word(name) not in SIZE_OF))
+    order = sorted(
+        numbers, key=lambda name: (-sum(word in name for word in hint.split()), last_word(name) not in SIZE_OF)
+    )
     options = [name for name in order if numbers[name] == size]
     options += [f"{a} / {b}" for a in order for b in order if a != b and numbers[a] == size * numbers[b]]
     options += [f"{a} * {c}" for a in order for c in CONSTANTS if numbers[a] * c == size]

@@ -87,7 +87,9 @@ def _small_fields(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
         if not parts_of(config):
             yield small
             continue
-        heads = [[each.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads")] for each in (before, small)]
+        heads = [
+            [each.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads")] for each in (before, small)
+        ]
         old, new = (head or (wide or 0) // (count or 1) for head, wide, count in heads)
         if old:
             tiny_parts.fit_rotary(small, old, new)

@@ -10,16 +10,16 @@ from transformers import PreTrainedConfig
 from growlib.media import PLACEHOLDER
 from growlib.parts import beside, flat, last_word, part_in, parts_of, text_part
 
-# Small sizes of parts that are not the text, other than those of the text.
+# Small sizes of parts that are not the text. No small multiple of their width is one of the text's, which is 64.
 PART_SIZES = {
-    48: "hidden_size d_model embed_dim dim",
+    40: "hidden_size d_model embed_dim dim",
     32: "image_size img_size input_size",
     2: "num_attention_heads num_heads encoder_attention_heads attention_heads n_heads",
     3: "num_hidden_layers depth encoder_layers num_layers n_layers layers",
     16: "head_dim num_position_embeddings",
     8: "patch_size",
     4: "mm_tokens_per_image",
-    40: "max_source_positions max_position_embeddings",
+    44: "max_source_positions max_position_embeddings",
 }
 PART_SIZE_OF = {name: size for size, names in PART_SIZES.items() for name in names.split()}
 WIDTHS = ("hidden_size", "d_model", "embed_dim", "dim")
@@ -79,7 +79,7 @@ def _small_part(fields: Mapping[str, Any]) -> dict[str, Any]:
             made[name] = [size] * len(value)
         elif INNER.search(name) and type(value) is int and width:
             ratio, rest = divmod(value, width)
-            made[name] = 72 if rest or not ratio else ratio * 48
+            made[name] = 72 if rest or not ratio else ratio * 40
         elif isinstance(value, list) and value and all(type(v) is int and 0 <= v < layers for v in value):
             if value == sorted(set(value)):
                 made[name] = list(range(min(len(value), 3, layers)))
