@@ -28,7 +28,7 @@ class Form(NamedTuple):
     """How a model takes an image: which of the forms, the tokens that stand for it, and what is told beside them."""
 
     number: int
-    count: int  # of tokens in each row
+    tokens: int  # in each row
     placeholder: int
     named: dict[str, int]  # masks and kinds of tokens: what they say at the image
 
@@ -90,7 +90,9 @@ def _first_that_runs(model: PreTrainedModel, kind: str, words: Words, rows: int)
 
 def _forms_of(model: PreTrainedModel, kind: str, number: int, pixels: Given, text: Tensor) -> Iterator[Form]:
     takes = _parameters(model)
-    named = {name: 1 if kind == "image" else 3 for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
+    named: dict[str, int] = {
+        name: 1 if kind == "image" else 3 for name in ("mm_token_type_ids", "token_type_ids") if name in takes
+    }
     for count in _counts(model, kind, pixels, text):
         for placeholder in _placeholders(model.config, kind):
             for more in (named, {}, {"attention_mask": 1}):
@@ -99,12 +101,12 @@ def _forms_of(model: PreTrainedModel, kind: str, number: int, pixels: Given, tex
 
 def _whole(pixels: Given, form: Form, text: Tensor) -> Given:
     """An image with its tokens between those of a text."""
-    tokens = torch.full((len(text), form.count), form.placeholder, dtype=text.dtype, device=text.device)
+    tokens = torch.full((len(text), form.tokens), form.placeholder, dtype=text.dtype, device=text.device)
     ids = torch.cat([text[:, :BEFORE], tokens, text[:, BEFORE:]], 1)
     given = {"input_ids": ids, **pixels}
     for name, value in form.named.items():
         given[name] = torch.ones_like(ids) if name == "attention_mask" else torch.zeros_like(ids)
-        given[name][:, BEFORE : BEFORE + form.count] = value
+        given[name][:, BEFORE : BEFORE + form.tokens] = value
     return given
 
 
@@ -189,7 +191,8 @@ def _candidates(model: PreTrainedModel, kind: str, rows: int, seed: int) -> Iter
         yield {name: value for name, value in form.items() if name in takes}
 
 
-Drawn, Whole = Callable[..., Tensor], Callable[[list[Any]], Tensor]
+Drawn = Callable[..., Tensor]  # of a shape
+Whole = Callable[[list[Any]], Tensor]  # the same numbers in each row
 
 
 def _images(config: Any, takes: set[str], rows: int, drawn: Drawn, whole: Whole) -> Iterator[Given]:

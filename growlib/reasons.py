@@ -1,7 +1,6 @@
 """Why a growth is not known to preserve the function: growths without a proof, and config fields that change it."""
 
 import copy
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from transformers import PreTrainedConfig
 from growlib.architectures.schema import EVERYTHING, EXACT, RESIDUAL, Architecture, Growth, Verdict, fields_in
 from growlib.config import NO_FUNCTION, move_thresholds
 from growlib.maps import AxisMap, LayerMap
-from growlib.parts import beside, flat, last_word, part_in, value_of
+from growlib.parts import beside, flat, last_word, value_of
 
 EffectOf = Callable[[str, Any, Any], str]  # (field, old value, new value) -> "acts", "silent" or "unknown"
 

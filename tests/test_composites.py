@@ -207,7 +207,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("target, valid", WRONG.values(), ids=list(WRONG))
+@pytest.mark.parametrize(("target", "valid"), WRONG.values(), ids=list(WRONG))
 def test_wrong_requests_say_what_would_be_valid(target, valid):
     with pytest.raises(growlib.GrowError) as raised:
         growlib.expand(composite(LLAVA), target)

@@ -82,7 +82,7 @@ def _small_fields(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     own = text_of(config)
     before = {**own.to_dict()}
     fields = _small(before)
-    for more in _variants(fields):
+    for more in _variants(fields, bool(parts_of(config))):
         small = {**fields, **more}
         if not parts_of(config):
             yield small
@@ -99,7 +99,7 @@ def _small_fields(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
         yield from tiny_parts.small_parts(config, named, before.get(width, 0), small.get(width, 0))
 
 
-def _variants(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _variants(fields: Mapping[str, Any], parts: bool) -> list[dict[str, Any]]:
     """What else some classes need: another head_dim, no groups of heads, fields that are not set."""
     head_dim: dict[str, Any] = {"head_dim": 16} if "head_dim" in fields else {}
     no_groups: dict[str, Any] = {name: 4 for name in KV_HEADS if name in fields}
@@ -107,7 +107,21 @@ def _variants(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     unset |= {name: 0 for name in ("pad_token_id", "mask_token_id") if fields.get(name, 0) is None}
     # A scan's state is often twice as wide as hidden.
     scanned = {name: size for name, size in SCANNED.items() if name in fields}
-    return [{}, head_dim, no_groups, no_groups | head_dim, unset, unset | head_dim, scanned]
+    # Some classes split their rotary pairs into sections of a fixed size unless told otherwise.
+    rope = fields.get("rope_parameters")
+    sections: dict[str, Any] = (
+        {"rope_parameters": {**rope, "mrope_section": [2, 3, 3]}} if isinstance(rope, dict) else {}
+    )
+    return [
+        {},
+        head_dim,
+        no_groups,
+        no_groups | head_dim,
+        unset,
+        unset | head_dim,
+        scanned,
+        *([sections | head_dim] if sections and parts else []),
+    ]
 
 
 def _small(before: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from growlib.media import PLACEHOLDER
-from growlib.parts import beside, flat, last_word, part_in, parts_of, text_part
+from growlib.parts import beside, flat, last_word, parts_of, text_part
 
 # Small sizes of parts that are not the text. No small multiple of their width is one of the text's, which is 64.
 PART_SIZES = {
@@ -54,6 +54,7 @@ def small_parts(
         prefix = part + "." if part else ""
         own = {last_word(name): v for name, v in beside(fields, prefix + "x").items()}
         small |= {prefix + name: value for name, value in _small_part(own).items()}
+    small |= _resolutions(fields, small)
     saying = _saying(fields, text, text_width)
     put_out = [name for name in saying if re.search("out|proj", last_word(name))]
     links = dict.fromkeys([(), *((name,) for name in saying), tuple(put_out), tuple(saying)])
@@ -88,6 +89,17 @@ def _small_part(fields: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
+def _resolutions(fields: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists of an image's possible sizes (`image_grid_pinpoints`), in the same multiples of a small tile."""
+    side = next((name for name, value in fields.items() if last_word(name) == "image_size" and type(value) is int), "")
+    made = {}
+    for name, value in fields.items():
+        pairs = isinstance(value, list) and value and all(isinstance(v, list | tuple) and len(v) == 2 for v in value)
+        if side and pairs and all(type(v) is int and v % fields[side] == 0 for pair in value for v in pair):
+            made[name] = [[v // fields[side] * small[side] for v in pair] for pair in value]
+    return made
+
+
 def _placeholders(fields: Mapping[str, Any], text: str) -> dict[str, int]:
     """Token ids that a small vocabulary has, one for each name."""
     named = [n for n, v in fields.items() if PLACEHOLDER.search(n) and type(v) is int]
@@ -102,8 +114,9 @@ def fit_rotary(fields: dict[str, Any], old_head_dim: int, new_head_dim: int) -> 
             inner = dict(value)
             fit_rotary(inner, old_head_dim, new_head_dim)
             fields[name] = inner
-        elif isinstance(value, list) and value and all(type(v) is int for v in value):
-            if 2 * sum(value) == old_head_dim and len(value) < new_head_dim // 2:
-                scaled = [max(v * new_head_dim // old_head_dim, 1) for v in value]
-                scaled[-1] += new_head_dim // 2 - sum(scaled)
-                fields[name] = scaled
+        elif (
+            isinstance(value, list) and value and all(type(v) is int for v in value) and 2 * sum(value) == old_head_dim
+        ):
+            scaled = [max(v * new_head_dim // old_head_dim, 1) for v in value]
+            scaled[-1] += new_head_dim // 2 - sum(scaled)
+            fields[name] = scaled
