@@ -210,7 +210,8 @@ def _images(config: Any, takes: set[str], rows: int, drawn: Drawn, whole: Whole)
             drawn(rows * count, channels * frames * patch * patch),
             drawn(rows * count, channels, patch, patch),
         ):
-            yield {"pixel_values": values, "image_grid_thw": grid}
+            merges = torch.full((rows,), merge, device=values.device)
+            yield {"pixel_values": values, "image_grid_thw": grid, "image_merge_sizes": merges}
     if "image_grid_hw" in takes:
         yield {"pixel_values": drawn(rows * count, channels, patch, patch), "image_grid_hw": grid[:, 1:]}
     if "image_position_ids" in takes:

@@ -14,9 +14,10 @@ from growlib.parts import beside, flat, last_word, parts_of, text_part
 PART_SIZES = {
     40: "hidden_size d_model embed_dim dim",
     32: "image_size img_size input_size",
-    2: "num_attention_heads num_heads encoder_attention_heads attention_heads n_heads",
+    2: "num_attention_heads num_key_value_heads num_heads encoder_attention_heads attention_heads n_heads",
     3: "num_hidden_layers depth encoder_layers num_layers n_layers layers",
-    16: "head_dim num_position_embeddings",
+    20: "head_dim",
+    16: "num_position_embeddings",
     8: "patch_size",
     4: "mm_tokens_per_image",
     44: "max_source_positions max_position_embeddings",
@@ -24,6 +25,7 @@ PART_SIZES = {
 PART_SIZE_OF = {name: size for size, names in PART_SIZES.items() for name in names.split()}
 WIDTHS = ("hidden_size", "d_model", "embed_dim", "dim")
 INNER = re.compile(r"intermediate|ffn|mlp_dim|mlp_hidden")
+PUT_OUT = re.compile(r"out_hidden_size|output_dim|out_dim|projection_dim")
 WORDS = re.compile(r"(pad|bos|eos|sep|cls|mask|unk|start)_token_")  # ids that stand for no image
 
 
@@ -58,6 +60,8 @@ def small_parts(
     saying = _saying(fields, text, text_width)
     put_out = [name for name in saying if re.search("out|proj", last_word(name))]
     links = dict.fromkeys([(), *((name,) for name in saying), tuple(put_out), tuple(saying)])
+    named = [name for name, v in fields.items() if type(v) is int and PUT_OUT.fullmatch(last_word(name))]
+    links |= dict.fromkeys([(name,) for name in named] if not put_out else [])  # of a config whose parts do not fit
     for base, linked in product((small, fields), links):
         tried = {**base, **small_text, **_placeholders(fields, text), **dict.fromkeys(linked, new_width)}
         by_chance = set(_saying(tried, text, new_width)) - set(linked)
@@ -78,8 +82,8 @@ def _small_part(fields: Mapping[str, Any]) -> dict[str, Any]:
             made[name] = size
         elif size and isinstance(value, list | tuple) and all(type(v) is int for v in value):
             made[name] = [size] * len(value)
-        elif INNER.search(name) and type(value) is int and width:
-            ratio, rest = divmod(value, width)
+        elif INNER.search(name) and type(value) is int:
+            ratio, rest = divmod(value, width or value + 1)
             made[name] = 72 if rest or not ratio else ratio * 40
         elif isinstance(value, list) and value and all(type(v) is int and 0 <= v < layers for v in value):
             if value == sorted(set(value)):
