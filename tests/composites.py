@@ -295,7 +295,7 @@ def config_of(name: str):
     return model_class.config_class(**top, text_config=dict(text), **{k: dict(v) for k, v in others.items()})
 
 
-def composite(name: str, seed: int = 0, dtype: torch.dtype = torch.float32):
+def composite(name: str, seed: int = 0):
     """A tiny model of a class, in eval mode, every parameter drawn anew."""
     torch.manual_seed(seed)
     model = getattr(transformers, name)._from_config(config_of(name), attn_implementation="eager")
@@ -304,4 +304,4 @@ def composite(name: str, seed: int = 0, dtype: torch.dtype = torch.float32):
         for parameter in model.parameters():
             centre = parameter.mean().round().item() if parameter.ndim == 1 else 0.0
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.to(dtype).eval()
+    return model.eval()

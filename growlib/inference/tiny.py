@@ -65,7 +65,8 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
             wrong = wrong or ValueError(f"its small model has {count:,} parameters")
         except Exception as error:  # whatever a class of transformers raises
             wrong = wrong or error
-    reason = str(wrong).strip().splitlines() or [type(wrong).__name__]
+    reason = str(wrong).strip().splitlines()
+    reason = [type(wrong).__name__] if reason in ([], ["None"]) else reason
     raise GrowError(
         asked, reason[-1].strip(), "a class that can be built at small sizes, or a table in growlib/architectures"
     )

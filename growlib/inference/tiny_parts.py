@@ -56,7 +56,7 @@ def small_parts(
         prefix = part + "." if part else ""
         own = {last_word(name): v for name, v in beside(fields, prefix + "x").items()}
         small |= {prefix + name: value for name, value in _small_part(own).items()}
-    small |= _resolutions(fields, small)
+    small |= _resolutions(fields, small) | _feature_layers(fields)
     saying = _saying(fields, text, text_width)
     put_out = [name for name in saying if re.search("out|proj", last_word(name))]
     links = dict.fromkeys([(), *((name,) for name in saying), tuple(put_out), tuple(saying)])
@@ -90,6 +90,21 @@ def _small_part(fields: Mapping[str, Any]) -> dict[str, Any]:
                 made[name] = list(range(min(len(value), 3, layers)))
         elif isinstance(value, list) and len(value) == layers > 3:
             made[name] = value[:3]
+    return made
+
+
+def _feature_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers whose output is taken (`vision_feature_layer`), among three."""
+
+    def near(layer: int) -> int:
+        return layer if -3 <= layer < 3 else -2 if layer < 0 else 1
+
+    made: dict[str, Any] = {}
+    for name, value in fields.items():
+        if "feature_layer" in last_word(name) and type(value) is int:
+            made[name] = near(value)
+        elif "feature_layer" in last_word(name) and isinstance(value, list) and all(type(v) is int for v in value):
+            made[name] = [near(layer) for layer in value]
     return made
 
 
