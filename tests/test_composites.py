@@ -231,6 +231,20 @@ def test_growth_that_cannot_be_exact_says_so(caplog):
         growlib.expand(composite(LLAVA), {"text_config.head_dim": 12}, exact=True)
 
 
+@pytest.mark.parametrize("change", [{"image_token_index": 61}, {"vision_feature_layer": -1}], ids=str)
+def test_what_acts_on_an_image_alone_is_a_reason(change):
+    (field,) = change
+    plan = growlib.plan(composite(LLAVA), {"text_config": {"hidden_size": 36}, **change})
+    assert not plan.exact
+    assert field in plan.reasons[0]
+
+
+def test_sizes_of_another_part_are_refused():
+    for change in ({"hidden_size": 32}, {"num_hidden_layers": 3}, {"image_size": 32}):
+        with pytest.raises(growlib.GrowError, match="vision_tower"):
+            growlib.plan(composite(LLAVA), {"vision_config": change})
+
+
 def test_made_images_act_and_differ_by_row():
     model = composite(LLAVA)
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.inference.tiny import tiny_config, tiny_model
-from growlib.outputs import distance, inputs_of, outputs
+from growlib.outputs import distance, every_input, outputs
 from growlib.parts import flat, rebuilt
 
 Effect = Literal["acts", "silent", "unknown"]
@@ -44,9 +44,9 @@ def _differ(
     shapes = [[(name, p.shape) for name, p in model.named_parameters()] for model in models]
     if shapes[0] != shapes[1]:
         return True, True
-    given = inputs_of(models[0])
-    apart = distance(outputs(models[0], given), outputs(models[1], given))
-    return apart.absolute > 0, field in read
+    inputs = every_input(models[0])
+    apart = [distance(outputs(models[0], given), outputs(models[1], given)) for given in inputs]
+    return any(each.absolute > 0 for each in apart), field in read
 
 
 def _spied(config: PreTrainedConfig, read: set[str]) -> PreTrainedConfig:
