@@ -11,8 +11,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from growlib.architectures.schema import RESIDUAL, Architecture
+from growlib.architectures.schema import RESIDUAL, Architecture, fields_in
 from growlib.errors import GrowError
+from growlib.parts import beside, flat, known_name, last_word, part_in, parts_of, rebuilt, value_of
 
 # What building or reading a config raises when its values make no sense.
 _INVALID = (StrictDataclassError, OSError, ValueError, TypeError, KeyError)
@@ -34,8 +35,8 @@ NO_FUNCTION = OWN_FIELDS | {
 Target = PreTrainedConfig | Mapping[str, Any] | str | Path
 
 
-# (old number of layers, new number) -> the source layer of each new layer
-LayerSources = Callable[[int, int], Sequence[int]]
+# (the field that counts them, old number of layers, new number) -> the source layer of each new layer
+LayerSources = Callable[[str, int, int], Sequence[int]]
 
 
 def resolve(
@@ -62,6 +63,7 @@ def resolve(
             config = AutoConfig.from_pretrained(target, trust_remote_code=False)
         except _INVALID as error:
             raise GrowError(asked, _cause(error), "a folder with a config.json") from error
+    _same_parts(asked, source, config)
     if config.model_type != source.model_type:
         if is_mixture(config):
             return config
@@ -80,7 +82,7 @@ def scaled(source: PreTrainedConfig, table: Architecture, factors: Mapping[str, 
     Raises GrowError for another part, a factor below 1, and factors that make no whole number.
     """
     wide = (*RESIDUAL, "elementwise", "query_heads", "key_heads")
-    words = {word for axis in table.axes.values() if axis.role in wide for word in re.findall(r"[a-z_]\w*", axis.size)}
+    words = {name for axis in table.axes.values() if axis.role in wide for name in fields_in(axis.size)}
     parts = {"width": words & table.size_fields(), "depth": set(table.layer_counts(source))}
     overrides: dict[str, int] = {}
     for part, factor in factors.items():
@@ -89,7 +91,7 @@ def scaled(source: PreTrainedConfig, table: Architecture, factors: Mapping[str, 
             raise GrowError(asked, f"there is no part {part!r}", "width or depth")
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < float("inf"):
             raise GrowError(asked, "it is no factor", "a number of at least 1, such as 1.5")
-        sizes = {field: size for field in sorted(parts[part]) if type(size := getattr(source, field, None)) is int}
+        sizes = {field: size for field in sorted(parts[part]) if type(size := value_of(source, field)) is int}
         odd = {field: size for field, size in sizes.items() if size * factor != int(size * factor)}
         if odd:
             common = gcd(*sizes.values())
@@ -103,7 +105,26 @@ def scaled(source: PreTrainedConfig, table: Architecture, factors: Mapping[str, 
 
 def is_mixture(config: PreTrainedConfig) -> bool:
     """Whether a config says anything about experts."""
-    return any("expert" in field for field in config.to_dict())
+    return any("expert" in field for field in flat(config))
+
+
+def _same_parts(asked: str, source: PreTrainedConfig, config: PreTrainedConfig) -> None:
+    """Raise GrowError where a part of the target is of another type than the source's."""
+    theirs = parts_of(config)
+    for name, part in parts_of(source).items():
+        if name in theirs and theirs[name].model_type != part.model_type:
+            wrong = f"its {name} is a {theirs[name].model_type} config"
+            raise GrowError(asked, wrong, f"a {name} of the source's type, {part.model_type}")
+
+
+def follow_layers(
+    fields: dict[str, Any], counted: str, old: int, layers: Sequence[int], named: Collection[str] = ()
+) -> None:
+    """Let lists and thresholds follow the layers that the field `counted` counts, in its own part of the config."""
+    own = beside(fields, counted)
+    lengthen(own, old, layers, named)
+    move_thresholds(own, old, layers, named)
+    fields |= own
 
 
 def lengthen(fields: dict[str, Any], old: int, layers: Sequence[int], named: Collection[str] = ()) -> None:
@@ -157,33 +178,34 @@ def _override(
     table: Architecture,
     layer_sources: LayerSources,
 ) -> PreTrainedConfig:
-    fields = source.to_dict()
+    fields = flat(source)
     overrides = {key: value for key, value in overrides.items() if key not in ("dtype", "torch_dtype")}  # the plan's
-    named = [source.attribute_map.get(key, key) for key in overrides]
+    named = [known_name(source, key) for key in overrides]
     for key, known in zip(overrides, named, strict=True):
-        if known in OWN_FIELDS and overrides[key] != fields.get(known):
+        if last_word(known) in OWN_FIELDS and overrides[key] != fields.get(known):
             raise GrowError(asked, f"{key} would have no effect", "a field that says a size or a setting")
-        outer, dot, inner = known.partition(".")
-        if dot and isinstance(fields.get(outer), dict) and inner in fields[outer]:
-            fields[outer] = {**fields[outer], inner: overrides[key]}
-        elif known not in fields:
-            raise _no_field(asked, source, table, fields, key)
-        else:
+        outer, dot, inner = known.rpartition(".")
+        if known in fields:
             fields[known] = overrides[key]
+        elif dot and isinstance(fields.get(outer), dict) and inner in fields[outer]:
+            fields[outer] = {**fields[outer], inner: overrides[key]}
+        else:
+            raise _no_field(asked, source, table, fields, key)
     for heads, width in table.follows.items():
         if width in named and heads not in named and isinstance(fields[width], int):
-            count, rest = divmod(fields[heads] * fields[width], getattr(source, width))
+            if part_in(heads) != part_in(width) and fields[heads] != value_of(source, width):
+                continue  # another part's field that does not say this width
+            count, rest = divmod(fields[heads] * fields[width], value_of(source, width))
             if rest == 0:
                 fields[heads] = count
             elif width == table.axes["hidden"].size:
                 fields[heads] = _more_heads(asked, source, heads, width, fields[width])
     for layers, old in table.layer_counts(source).items():
         if type(fields[layers]) is int and fields[layers] > old:
-            sources = layer_sources(old, fields[layers])
-            lengthen(fields, old, sources, named)
-            move_thresholds(fields, old, sources, named)
+            sources = layer_sources(layers, old, fields[layers])
+            follow_layers(fields, layers, old, sources, named)
     try:
-        return type(source).from_dict(fields)
+        return rebuilt(source, fields)
     except _INVALID as error:
         raise GrowError(asked, _cause(error), _valid_sizes(source, fields, named)) from error
 
@@ -193,6 +215,14 @@ def _no_field(
 ) -> GrowError:
     """What to raise for a field that a config does not have: where it stands, or which one may have been meant."""
     inside = [f"{outer}.{key}" for outer, value in fields.items() if isinstance(value, dict) and key in value]
+    if part_in(key) in parts_of(source):  # of a part: what that part has
+        within = beside(fields, key)
+        near = difflib.get_close_matches(last_word(key), map(last_word, within))
+        close = [f"{part_in(key)}.{name}" for name in near]
+        sizes = [name for name in within if name in table.size_fields()]
+        wrong = f"{part_in(key)} has no field {last_word(key)!r}"
+        return GrowError(asked, wrong, ", ".join(close or sizes or sorted(within)))
+    inside += [name for name in fields if last_word(name) == key]
     close = inside or difflib.get_close_matches(key, fields) or sorted(table.size_fields())
     if key == "num_labels":
         close = ["id2label={0: ..., 1: ...}, which says how many"]
@@ -203,13 +233,13 @@ def _valid_sizes(source: PreTrainedConfig, fields: dict[str, Any], named: list[s
     """For each size that was asked for, the next larger one with which the config can be built."""
     valid = []
     for key in named:
-        size, least = fields.get(key), getattr(source, key, None)
+        size, least = fields.get(key), value_of(source, key)
         if type(least) is not int:
             continue
         first = max(size + 1, least) if type(size) is int else least
         for larger in range(first, 2 * first):
             try:
-                type(source).from_dict({**fields, key: larger})
+                rebuilt(source, {**fields, key: larger})
             except _INVALID:
                 continue
             valid.append(f"{key}={larger}")
@@ -225,7 +255,7 @@ def _cause(error: Exception) -> str:
 
 def _more_heads(asked: str, source: PreTrainedConfig, heads: str, width: str, wide: int) -> int:
     """Heads for a wider model: of the same head_dim where it divides the width, else of the next larger one."""
-    count, old = getattr(source, heads), getattr(source, width)
+    count, old = value_of(source, heads), value_of(source, width)
     for head_dim in range(old // count, wide // count + 1):
         if wide % head_dim == 0:
             return wide // head_dim

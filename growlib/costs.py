@@ -8,13 +8,14 @@ from transformers import PreTrainedConfig
 from growlib.checkpoint.loading import dtype_of
 from growlib.growth_plan import GrowthPlan, Shape
 from growlib.layouts import Layout
+from growlib.parts import flat
 
 ADAM = 16  # bytes per parameter of a training in float32: weight, gradient, two moments
 
 
 def sizes_that_stay(plan: GrowthPlan) -> dict[str, int]:
     """The whole numbers of the config that say a size and do not change."""
-    before, after = plan.source.to_dict(), plan.config.to_dict()
+    before, after = flat(plan.source), flat(plan.config)
     sizes = set(plan.old_sizes.values())
     return {
         field: size

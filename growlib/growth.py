@@ -19,6 +19,7 @@ from growlib.growth_plan import GrowthPlan, Skeleton
 from growlib.inference import architecture_of, fields, why_not
 from growlib.limits import refuse_impossible, refuse_without_memory
 from growlib.operators import Method
+from growlib.parts import flat, flattened, last_word
 from growlib.planner import Request, layer_map, make_plan
 
 
@@ -47,6 +48,8 @@ def plan_of(
     """The same for a class and a skeleton."""
     table, chosen = architecture_of(source.config, model_class), operators.method(method)
     effect_of = partial(fields.effect_of, model_class, source.config)
+    if isinstance(target_config, Mapping):
+        target_config = flattened(source.config, target_config)
     if isinstance(target_config, PreTrainedConfig | Mapping):
         refuse_impossible(source, table, target_config)
     target = target_of(source.config, table, target_config, chosen)
@@ -67,7 +70,10 @@ def plan_of(
 def target_of(source: PreTrainedConfig, table: Architecture, target_config: Target, chosen: Method) -> PreTrainedConfig:
     """The config that is asked for. Raises GrowError as `config.resolve`."""
     layers = chosen if chosen.depth else operators.method("lossless")  # so that make_plan can say that depth is missing
-    return config.resolve(source, target_config, table, lambda old, new: layer_map(layers, old, new).source)
+    stacks = {stack.layers: stack for stack in table.stacks}
+    return config.resolve(
+        source, target_config, table, lambda name, old, new: layer_map(layers, stacks[name], old, new).source
+    )
 
 
 def _checked(growth: GrowthPlan, table: Architecture, model_class: type[PreTrainedModel], chosen: Method) -> GrowthPlan:
@@ -161,8 +167,8 @@ def check_plan(growth: GrowthPlan, source: Skeleton, method: str | Method, seed:
         raise GrowError(asked, wrong, "expand(small, plan), or a plan made with them")
     if source.model_class != growth.model_class:
         raise GrowError(asked, f"the source is a {source.model_class}", f"a {growth.model_class}")
-    mine, planned = source.config.to_dict(), growth.source.to_dict()
-    differ = [key for key in planned if key not in config.NO_FUNCTION and mine.get(key) != planned[key]]
+    mine, planned = flat(source.config), flat(growth.source)
+    differ = [key for key in planned if last_word(key) not in config.NO_FUNCTION and mine.get(key) != planned[key]]
     other = [f"{key} is {mine.get(key)!r}, not {planned[key]!r}" for key in differ]
     shapes = source.shapes
     needed = {made.source: made.old_shape for made in growth.tensors if made.source}

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from growlib.architectures.schema import Architecture
 from growlib.errors import GrowError
 from growlib.growth_plan import Skeleton
+from growlib.parts import flat, known_name
 
 MOST_BYTES = 10**15  # of a plan, in float32
 LONGEST = 10**8  # entries of an axis
@@ -21,9 +22,9 @@ SIZE = re.compile(r"(size|dim|heads|layers?|experts|positions|embeddings|embd|em
 
 def refuse_impossible(source: Skeleton, table: Architecture, target: PreTrainedConfig | Mapping[str, Any]) -> None:
     """Raise GrowError for sizes below 1, and for sizes that are out of reach with the bytes that they would take."""
-    before = source.config.to_dict()
-    after = target.to_dict() if isinstance(target, PreTrainedConfig) else target
-    names = {name: source.config.attribute_map.get(name, name) for name in after}
+    before = flat(source.config)
+    after = flat(target) if isinstance(target, PreTrainedConfig) else target
+    names = {name: known_name(source.config, name) for name in after}
     for name, known in names.items():
         old, new = before.get(known), after[name]
         if type(old) is not int or type(new) is not int or old < 1 or old == new or not SIZE.search(known):

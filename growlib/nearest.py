@@ -15,6 +15,7 @@ from growlib.growth import plan, target_of
 from growlib.growth_plan import GrowthPlan
 from growlib.inference import architecture_of
 from growlib.operators import Method
+from growlib.parts import flat, flattened, last_word
 
 TURNS = 6  # of the search, a plan each
 Fields = dict[str, Any]
@@ -28,14 +29,18 @@ def nearest_exact(small_ckpt: Source | PreTrainedConfig, target_config: Target, 
     """
     model_class, skeleton = checkpoint.describe(small_ckpt)
     try:
+        if isinstance(target_config, Mapping):
+            target_config = flattened(skeleton.config, target_config)
         table = architecture_of(skeleton.config, model_class)
         target = target_of(skeleton.config, table, target_config, operators.method(method))
     except GrowError:
         return None
     if target.model_type != skeleton.config.model_type:
         return None
-    before, after = skeleton.config.to_dict(), target.to_dict()
-    wanted = {key: value for key, value in after.items() if key not in NO_FUNCTION and before.get(key) != value}
+    before, after = flat(skeleton.config), flat(target)
+    wanted = {
+        key: value for key, value in after.items() if last_word(key) not in NO_FUNCTION and before.get(key) != value
+    }
     found = {key: before[key] if _shrinks(before.get(key), value) else value for key, value in wanted.items()}
     tried: list[Fields] = []
     for _ in range(TURNS):

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from growlib.media import special_tokens, with_media
+from growlib.parts import parts_of, text_of
+
 TOLERANCE = 1e-5  # of a spread: what counts as the same in float32
 
 
@@ -50,10 +53,34 @@ def inputs_of(model: PreTrainedModel, batch: int = 2, length: int = 7, seed: int
     return {name: v.expand(batch, *v.shape[1:]).contiguous() if rows == 1 else v for name, v in given.items()}
 
 
+def every_input(model: PreTrainedModel, length: int = 7, seed: int = 1, copies: int = 0) -> list[dict[str, Tensor]]:
+    """What `inputs_of` makes, and for a model of several parts the same with an image and with a sound.
+
+    `copies` is how many equal rows to make instead of two that differ.
+    """
+    given = inputs_of(model, length=length, seed=seed)
+    if "input_ids" not in given:
+        return [given]
+    generator = torch.Generator().manual_seed(seed)
+    rows, device = 1 if copies else len(given["input_ids"]), given["input_ids"].device
+
+    def words(count: int) -> Tensor:
+        return _token_ids(model, rows, count, generator).to(device)
+
+    several = [given, *with_media(model, words, rows, seed).values()]
+    return [{n: v.repeat(copies, *[1] * (v.ndim - 1)) for n, v in g.items()} for g in several] if copies else several
+
+
 def _token_ids(model: PreTrainedModel, rows: int, length: int, generator: torch.Generator) -> Tensor:
     """Ids that are rarely special ones, and no more of them than the model has positions for."""
-    words, length = vocabulary(model), min(length, getattr(model.config, "max_position_embeddings", length))
-    return torch.randint(min(5, words // 2), max(words - 1, 1), (rows, length), generator=generator)
+    text: Any = text_of(model.config)
+    words, length = vocabulary(model), min(length, getattr(text, "max_position_embeddings", None) or length)
+    first, last = min(5, words // 2), max(words - 1, 1)
+    ids = torch.randint(first, last, (rows, length), generator=generator)
+    if special := special_tokens(model.config):
+        free = torch.tensor([word for word in range(first, last) if word not in special] or [first])
+        ids = free[ids % len(free)]
+    return ids
 
 
 @torch.no_grad()
@@ -70,6 +97,8 @@ def outputs(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
         if config is not None:
             config.return_dict = as_dict
     kept = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.ndim >= 2 and v.is_floating_point()}
+    if config is not None and parts_of(config):  # beside its output, such a model returns what its parts made
+        kept = next(({k: kept[k]} for k in ("logits", "last_hidden_state") if k in kept), kept)
     if not kept:
         raise ValueError("it puts out no tensor of two dimensions")
     return kept

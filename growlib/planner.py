@@ -19,6 +19,7 @@ from growlib.growth_plan import GrowthPlan, Shape, Skeleton, TensorPlan
 from growlib.layouts import Dim, Layout
 from growlib.maps import AxisMap, LayerMap, split_evenly
 from growlib.operators import Method
+from growlib.parts import beside, flat, text_of, value_of
 from growlib.reasons import EffectOf, of_architecture, of_config
 
 Maps = Mapping[str, AxisMap]
@@ -85,7 +86,7 @@ def make_plan(request: Request) -> GrowthPlan:
         layers=layers,
         tensors=tensors,
         reasons=tuple(dict.fromkeys(reasons)),
-        initializer_range=getattr(source.config, "initializer_range", 0.02),
+        initializer_range=getattr(text_of(source.config), "initializer_range", 0.02),
         learned=method.learned,
     )
 
@@ -116,14 +117,23 @@ def _maps(request: Request) -> dict[str, AxisMap]:
 
 
 def _layer_map(request: Request, stack: Stack) -> LayerMap:
-    return layer_map(request.method, request.old[stack.layers], request.new[stack.layers])
+    return layer_map(request.method, stack, request.old[stack.layers], request.new[stack.layers])
 
 
-def layer_map(method: Method, old: int, new: int) -> LayerMap:
+def layer_map(method: Method, stack: Stack, old: int, new: int) -> LayerMap:
     """The method's map of one stack; a method without depth leaves it as it is."""
     if method.depth is None:
         return LayerMap(old, tuple(range(old)), (False,) * old)
-    return contract.checked_layers(method.depth(old, new), method.name, old, new)
+    layers = contract.checked_layers(method.depth(old, new), method.name, old, new)
+    if not stack.numbered or not any(layers.identity):
+        return layers
+    order = sorted(range(new), key=lambda place: layers.identity[place])  # stable: old layers first, in their order
+    return dataclasses.replace(
+        layers,
+        source=tuple(layers.source[place] for place in order),
+        identity=tuple(layers.identity[place] for place in order),
+        share=tuple(layers.share[place] for place in order) if layers.share else (),
+    )
 
 
 def _fitted(layers: LayerMap, stack: Stack, source: Skeleton, target: Skeleton) -> LayerMap:
@@ -154,7 +164,7 @@ def _layer_kinds(stack: Stack, model: Skeleton) -> dict[int, set[str]]:
         base = model.base(name)
         if (layer := stack.layer_of(base)) is not None:
             kinds[layer].add(base.partition(f".{layer}.")[2])
-    for key, value in model.config.to_dict().items():
+    for key, value in beside(flat(model.config), stack.layers).items():
         if isinstance(value, list) and len(value) == len(kinds):
             for layer, kind in enumerate(value):
                 kinds[layer].add(f"{key}: {kind}")
@@ -169,7 +179,7 @@ def _of_layers(layers: LayerMap) -> AxisMap:
 
 def _for_scores(axis_map: AxisMap, axis: Axis, config: PreTrainedConfig) -> AxisMap:
     """The map, less the growth of 1/sqrt(head_dim) that it takes back, where the scores have no such factor."""
-    if not axis.scaled_by or (axis.scaled_by != "never" and getattr(config, axis.scaled_by)):
+    if not axis.scaled_by or (axis.scaled_by != "never" and value_of(config, axis.scaled_by)):
         return axis_map
     wider = (axis_map.new / axis_map.old) ** 0.5
     if axis_map.new_writes == "zero":  # queries under a norm, whose weight holds the scale
@@ -186,9 +196,10 @@ def _tensors(request: Request, maps: Maps, layers: Layers) -> Iterator[TensorPla
     embedding, head = wider**-table.embedding_power, wider**-table.head_power
     for name, new_shape in target.shapes.items():
         row, stack, layer = table.template(target.base(name))
+        origin = row if row in (alias for pair in table.ties.items() for alias in pair) else target.base(name)
         if table.ties.get(row) in target.aliases:
-            row = table.ties[row]  # a tied head that stands before its embedding grows as the embedding does
-        layout, constant, origin, more = table.tensors[row], None, row, {}
+            row = origin = table.ties[row]  # a tied head that stands before its embedding grows as the embedding does
+        layout, constant, more = table.tensors[row], None, {}
         if stack:
             origin = row.replace("*", str(layers[stack.layers].source[layer]), 1)
             constant = _identity_constant(stack, row, layer, layers[stack.layers])

@@ -1,16 +1,16 @@
 """Why a growth is not known to preserve the function: growths without a proof, and config fields that change it."""
 
 import copy
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from growlib.architectures.schema import EVERYTHING, EXACT, RESIDUAL, Architecture, Growth, Verdict
+from growlib.architectures.schema import EVERYTHING, EXACT, RESIDUAL, Architecture, Growth, Verdict, fields_in
 from growlib.config import NO_FUNCTION, move_thresholds
 from growlib.maps import AxisMap, LayerMap
+from growlib.parts import beside, flat, last_word, value_of
 
 EffectOf = Callable[[str, Any, Any], str]  # (field, old value, new value) -> "acts", "silent" or "unknown"
 
@@ -37,7 +37,7 @@ def of_architecture(
             kind = Growth(name, "x1.5")  # new entries beside copies, at whole multiples too
         verdict = table.proven.get(kind, Verdict("refused", "it was not tried"))
         if not verdict.exact:
-            words = re.findall(r"[a-z_]\w*", table.axes[name].size) if name in table.axes else [name]
+            words = fields_in(table.axes[name].size) if name in table.axes else [name]
             unproven[verdict.why] += [word for word in words if _changes(source, target, word)]
     several = sum(_changes(source, target, field) for field in table.size_fields() - table.follows.keys()) > 1
     together = table.proven.get(EVERYTHING, EXACT)
@@ -50,7 +50,8 @@ def of_architecture(
 
 
 def _changes(source: PreTrainedConfig, target: PreTrainedConfig, field: str) -> bool:
-    return getattr(source, field, None) != getattr(target, field, None)
+    old, new = value_of(source, field), value_of(target, field)
+    return old != new and not isinstance(old, PreTrainedConfig)
 
 
 def _follows_layers(old: Any, new: Any, stack: LayerMap) -> bool:
@@ -71,16 +72,18 @@ def of_config(
     effect_of: EffectOf,
 ) -> list[str]:
     """The fields that change and act, or may act. Sizes, and what follows the layers, are accounted for elsewhere."""
-    before, after = source.to_dict(), target.to_dict()
+    before, after = flat(source), flat(target)
     known = NO_FUNCTION | table.size_fields() | table.free_fields
-    known |= {key for key in before for stack in layers.values() if _follows_layers(before[key], after.get(key), stack)}
     moved = copy.deepcopy(before)
-    for stack in layers.values():
-        move_thresholds(moved, stack.old, stack.source)
+    for counted, stack in layers.items():
+        own = beside(moved, counted)
+        known |= {key for key in own if _follows_layers(before[key], after.get(key), stack)}
+        move_thresholds(own, stack.old, stack.source)
+        moved |= own
     reasons = []
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
-        if key in known or "drop" in key or old == new or moved.get(key) == new:
+        if key in known or last_word(key) in NO_FUNCTION or "drop" in key or old == new or moved.get(key) == new:
             continue
         effect = effect_of(key, old, new)
         if effect != "silent":

@@ -1,6 +1,7 @@
 """The source and the grown model side by side: do they compute the same?"""
 
 import copy
+import re
 from dataclasses import dataclass
 from operator import gt
 from pathlib import Path
@@ -16,7 +17,8 @@ from growlib.checkpoint.mapped import mapped_model
 from growlib.config import is_mixture
 from growlib.errors import GrowError
 from growlib.growth_plan import FILE, GrowthPlan
-from growlib.outputs import TOLERANCE, distance, inputs_of, outputs
+from growlib.media import media_in, wanted
+from growlib.outputs import TOLERANCE, Distance, distance, every_input, outputs
 
 LENGTH = 16  # tokens of the default inputs
 CEILING = 0.03  # of the spread: above it rounding cannot be told from a change of the function
@@ -69,7 +71,8 @@ def verify(
         big: the grown model. Old entries keep their place on every axis that a model puts out, so its output is
             compared on the source's share: the old tokens of the logits, the first channels of a hidden state.
         inputs: keyword arguments of both models' forward; by default drawn with a fixed seed: token ids [2, 16],
-            images, or whatever the class takes first.
+            images, or whatever the class takes first. A model of several parts is compared on text alone and on text
+            with an image or a sound; the worst of them counts.
         streaming: read both from disk layer by layer, in the memory of a layer. Both must be folders or hub ids.
 
     Raises:
@@ -86,25 +89,37 @@ def verify(
         wrong = f"they are a {type(small).__name__} and a {type(big).__name__}"
         raise GrowError(asked, wrong, "two models of one class, or a dense one and a mixture of experts")
     shapes = {name: parameter.shape for name, parameter in big.named_parameters()}
+    rows = {re.sub(r"\.\d+\.", ".*.", name) for name in shapes}  # layers of several kinds may move
     for name, parameter in small.named_parameters():
-        lost = name not in shapes and type(big) is type(small)
+        lost = type(big) is type(small) and re.sub(r"\.\d+\.", ".*.", name) not in rows
         if lost or (name in shapes and any(map(gt, parameter.shape, shapes[name]))):
             wrong = f"{name} is {'missing' if lost else 'smaller'} in the second"
             raise GrowError(asked, wrong, "first the source, then a model at least as large")
     try:
-        inputs = inputs_of(small, length=LENGTH, seed=0) if inputs is None else inputs
-        reference, grown = outputs(small, inputs), outputs(big, inputs)
-        rounding = [_rounding(small, places[0], reference, inputs), _rounding(big, places[1], grown, inputs)]
+        several = every_input(small, length=LENGTH, seed=0) if inputs is None else [inputs]
+        if inputs is None and (unseen := wanted(small) - media_in(small)):
+            raise ValueError(f"no {' and no '.join(sorted(unseen))} could be made on which it runs")
+        measured = [_compared(small, big, places, given) for given in several]
     except Exception as error:  # whatever a class of transformers raises
         wrong = f"a {type(small).__name__} does not run on the inputs ({type(error).__name__}: {error})"
         raise GrowError(asked, wrong, "inputs=, the keyword arguments of its forward") from error
     coarser = min((small.dtype, big.dtype), key=lambda dtype: -torch.finfo(dtype).eps)
+    (apart, rounding) = max(measured, key=lambda m: m[0].relative / max(TOLERANCE, 4 * m[1]))
     return Verification(
-        *distance(reference, grown),
-        max(TOLERANCE, 4 * max(rounding)),
+        *apart,
+        max(TOLERANCE, 4 * rounding),
         None if plan is None else plan.reasons,
         str(coarser).removeprefix("torch."),
     )
+
+
+def _compared(
+    small: PreTrainedModel, big: PreTrainedModel, places: tuple[Source, Source], given: dict[str, Tensor]
+) -> tuple[Distance, float]:
+    """How far two models are apart on the same inputs, and how far rounding moves the coarser one."""
+    reference, grown = outputs(small, given), outputs(big, given)
+    rounding = [_rounding(small, places[0], reference, given), _rounding(big, places[1], grown, given)]
+    return distance(reference, grown), max(rounding)
 
 
 def _mapped(place: Source) -> PreTrainedModel:

@@ -4,11 +4,13 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from growlib.errors import GrowError
 from growlib.layouts import Layout, layout_text, parse_layout
+from growlib.parts import value_of
 
 Sizes = Mapping[str, int]
 
@@ -94,9 +96,7 @@ class Condition:
     at_most: float | None = None
 
     def value(self, config: Any) -> Any:
-        for part in self.field.split("."):
-            config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
-        return config
+        return value_of(config, self.field)
 
     def holds(self, config: Any) -> bool:
         value = self.value(config)
@@ -114,6 +114,7 @@ class Stack:
     writers: tuple[str, ...]  # modules or parameters that, zeroed, make a block the identity
     inner_norms: tuple[str, ...] = ()  # post-norm blocks only: the norms before the last one
     last_norm: str = ""
+    numbered: bool = False  # something enters after a layer of a certain number: new layers stand behind all old ones
 
     def row_of(self, name: str, layer: int) -> str:
         """The table row of a tensor in one of the blocks."""
@@ -158,12 +159,13 @@ class Architecture:
 
     def size_fields(self) -> frozenset[str]:
         """The config fields that say a size."""
-        words = {word for axis in self.axes.values() for word in re.findall(r"[a-z_]\w*", axis.size)}
-        return frozenset(words - {"or"} | {stack.layers for stack in self.stacks} | self.follows.keys())
+        named = {name for axis in self.axes.values() for name in fields_in(axis.size)}
+        words = {word for name in named for word in (name, *_around(name))}
+        return frozenset(words | {stack.layers for stack in self.stacks} | self.follows.keys())
 
     def layer_counts(self, config: Any) -> dict[str, int]:
         """The number of layers of each stack, by the field that says it."""
-        return {stack.layers: getattr(config, stack.layers) for stack in self.stacks}
+        return {stack.layers: value_of(config, stack.layers) for stack in self.stacks}
 
     def template(self, name: str) -> tuple[str, Stack | None, int]:
         """A base-model tensor name as its table row, its stack and layer: `h.3.ln_1.bias` -> `h.*.ln_1.bias`, .., 3."""
@@ -171,7 +173,30 @@ class Architecture:
             layer = stack.layer_of(name)
             if layer is not None:
                 return stack.row_of(name, layer), stack, layer
-        return name, None, 0
+        return name if name in self.tensors else self._alike.get(_without_numbers(name), name), None, 0
+
+    @cached_property
+    def _alike(self) -> dict[str, str]:
+        """The first of the rows whose names differ in numbers alone: the layers of a part that stays as it is."""
+        alike: dict[str, str] = {}
+        for row in self.tensors:
+            alike.setdefault(_without_numbers(row), row)
+        return alike
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
+
+
+def fields_in(expression: str) -> list[str]:
+    """The config fields that an axis's size is made of."""
+    return [name for name in re.findall(r"[a-z_][\w.]*", expression) if name != "or"]
+
+
+def _around(name: str) -> list[str]:
+    """For a field inside another one (`rope_parameters.rotary_dim`), both and what stands between."""
+    words = name.split(".")
+    return [*(".".join(words[:length]) for length in range(1, len(words))), *words[1:]]
 
 
 def size_of(expression: str, config: Any) -> float | None:
@@ -197,9 +222,7 @@ def _evaluate(expression: str, config: Any) -> float | None:
 def _operand(word: str, config: Any) -> float | None:
     if word.isdigit():
         return float(word)
-    for part in word.split("."):
-        config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
-    return config
+    return value_of(config, word)
 
 
 def read_table(path: Path) -> Architecture:
@@ -255,9 +278,14 @@ def to_table(known: Architecture) -> dict[str, Any]:
 
 
 def _stack(
-    layers: str, block: str, writers: Sequence[str], inner_norms: Sequence[str] = (), last_norm: str = ""
+    layers: str,
+    block: str,
+    writers: Sequence[str],
+    inner_norms: Sequence[str] = (),
+    last_norm: str = "",
+    numbered: bool = False,
 ) -> Stack:
-    return Stack(layers, block, tuple(writers), tuple(inner_norms), last_norm)
+    return Stack(layers, block, tuple(writers), tuple(inner_norms), last_norm, numbered)
 
 
 def _condition(row: dict[str, Any]) -> Condition:

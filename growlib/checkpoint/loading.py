@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from growlib.errors import GrowError
 from growlib.folders import FLOATS, check_config, folder_of, tensors_in
 from growlib.growth_plan import Skeleton
+from growlib.parts import parts_of
 
 logger = logging.getLogger("growlib")
 
@@ -29,6 +30,13 @@ _MAPPINGS = (
     modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     modeling_auto.MODEL_MAPPING_NAMES,
+)
+
+
+# Before the others where a config has parts: a causal language model of such a config is its text alone.
+_OF_PARTS = (
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
 
@@ -127,7 +135,7 @@ def config_in(asked: str, folder: Path) -> PreTrainedConfig:
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a config names, or transformers' first one for its model type. Raises GrowError."""
     names = list(config.architectures) if isinstance(config.architectures, list) else []
-    for mapping in _MAPPINGS:
+    for mapping in (*(_OF_PARTS if parts_of(config) else ()), *_MAPPINGS):
         entry = mapping.get(config.model_type, ())
         names += [entry] if isinstance(entry, str) else list(entry)
     model_class = next((known for name in names if (known := _class_named(name))), None)

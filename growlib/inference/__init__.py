@@ -23,6 +23,7 @@ from growlib.inference.label import draft
 from growlib.inference.tiny import tiny_config, tiny_model
 from growlib.inference.verifier import followers, growths, only_copies, trial, unverified, verdicts
 from growlib.operators import Method
+from growlib.parts import flat, last_word, parts_of, value_of
 
 Class = tuple[type[PreTrainedModel], str]  # and its switches
 
@@ -81,7 +82,8 @@ def _proven(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Arc
 
 
 def _switches(small: PreTrainedConfig) -> str:
-    fields = {key: value for key, value in small.to_dict().items() if key not in OWN_FIELDS}
+    fields = {key: value for key, value in flat(small).items() if last_word(key) not in OWN_FIELDS}
+    fields |= {f"{name}.model_type": part.model_type for name, part in parts_of(small).items()}
     return json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -156,7 +158,24 @@ def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Arch
         table = _first_exact(table, variants.of_experts(table), model, "experts")
     if any(axis.role == "query" for axis in table.axes.values()):
         table = _first_exact(table, variants.of_head_dim(table, small), model, "query")
+    if parts_of(small):
+        table = _numbered(table, model)
     return _with_verdicts(table, model)
+
+
+def _numbered(table: Architecture, model: PreTrainedModel) -> Architecture:
+    """The table with stacks marked whose layers must keep their numbers, as where image features enter after some."""
+    for index, stack in enumerate(table.stacks):
+        deeper = {stack.layers: 2 * value_of(model.config, stack.layers)}
+        if trial(table, model, deeper).verdict.exact:
+            continue
+        marked = (*table.stacks[:index], replace(stack, numbered=True), *table.stacks[index + 1 :])
+        verdict = trial(replace(table, stacks=marked), model, deeper).verdict
+        told = (f"{stack.layers}: new layers behind all old ones", verdict)
+        table = replace(table, candidates=(*table.candidates, told))
+        if verdict.exact:
+            table = replace(table, stacks=marked)
+    return table
 
 
 def _with_verdicts(table: Architecture, model: PreTrainedModel) -> Architecture:
@@ -171,7 +190,8 @@ def _first_exact(
     tried = list(table.candidates)
     for name, candidate in candidates:
         field = candidate.axes[axis].size.split()[0]
-        fields = {field: 2 * getattr(model.config, field)} if hasattr(model.config, field) else {}
+        size = value_of(model.config, field)
+        fields = {} if size is None else {field: 2 * size}
         fields |= followers(candidate, model.config, fields, heads=axis == "hidden")
         grew, verdict = trial(candidate, model, fields)
         if verdict.exact and Growth(axis, "x2") not in grew:

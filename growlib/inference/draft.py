@@ -15,6 +15,7 @@ from growlib.inference.probe import Norm, Trace
 from growlib.inference.rows import Unresolved
 from growlib.inference.sizes import Build
 from growlib.layouts import Dim, Layout
+from growlib.parts import part_in, text_part
 
 FIXED = Dim((("fixed",),), "write")  # a length that never grows
 HINTS = {"heads": "head", "kv_heads": "k", "query": "head_dim", "key": "head_dim", "value": "head_dim"}
@@ -48,6 +49,10 @@ class Draft:
                 return stack.row_of(name, layer)
         return name
 
+    def grows(self, module: str) -> bool:
+        """Whether a module belongs to the text: it runs without an image. Of the others, what joins them counts too."""
+        return module in self.seen.on_text
+
     def key(self, module: str) -> str:
         """A module's name with `*` for the layer's number."""
         return self.row_of(module.removeprefix(self.prefix) + ".")
@@ -80,7 +85,9 @@ def stacks_of(base: Skeleton, others: list[Build]) -> list[Stack]:
         for prefix, count in _lengths(build.skeleton).items():
             if count > _lengths(base).get(prefix, count):
                 lists.setdefault(prefix, build.field)
-    return [Stack(layers, f"{prefix}*.", ()) for prefix, layers in lists.items()]
+    text = text_part(base.config)
+    order = sorted(lists.items(), key=lambda item: part_in(item[1]) != text)
+    return [Stack(layers, f"{prefix}*.", ()) for prefix, layers in order]
 
 
 def _lengths(model: Skeleton) -> dict[str, int]:
@@ -122,7 +129,7 @@ def is_post_norm(state: Draft) -> bool:
 
 
 def is_hidden(state: Draft, norm: str) -> bool:
-    return state.seen.inputs[norm].shape[-1] == state.hidden and not writes_unit(state, norm)
+    return state.grows(norm) and state.seen.inputs[norm].shape[-1] == state.hidden and not writes_unit(state, norm)
 
 
 def writer_of(state: Draft, norm: str) -> str | None:
@@ -153,9 +160,9 @@ def is_branch(state: Draft, norm: str) -> bool:
 def feeds(state: Draft, norm: str) -> bool:
     """The norm's output is read by maps, and does not go to the residual stream."""
     written = probe.rows(state.seen.outputs[norm])
-    order = list(state.seen.outputs)
+    order = [name for name in state.seen.outputs if state.grows(name)]
     blocks = [order.index(n) for n in order if any(is_block(state, n, stack) for stack in state.stacks)]
-    if blocks and order.index(norm) > max(blocks):
+    if blocks and norm in order and order.index(norm) > max(blocks):
         return True
     for name, given in state.seen.inputs.items():
         stack_parts = [state.prefix + stack.block.partition("*")[0] for stack in state.stacks]
@@ -176,6 +183,8 @@ def head_norm_of(state: Draft) -> str:
     """The last norm over what the head reads."""
     head = state.model.get_output_embeddings()
     width = head.in_features if isinstance(head, nn.Linear) else state.hidden
-    ran = list(state.seen.outputs)
-    over = [n for n in state.norms if state.seen.inputs[n].shape[-1] == width and not writes_unit(state, n)]
+    ran = [name for name in state.seen.outputs if state.grows(name)]
+    over = [
+        n for n in state.norms if n in ran and state.seen.inputs[n].shape[-1] == width and not writes_unit(state, n)
+    ]
     return max((norm for norm in over if state.norms[norm].scale), key=ran.index, default="")

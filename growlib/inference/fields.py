@@ -6,7 +6,8 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.inference.tiny import tiny_config, tiny_model
-from growlib.outputs import distance, inputs_of, outputs
+from growlib.outputs import distance, every_input, outputs
+from growlib.parts import flat, rebuilt
 
 Effect = Literal["acts", "silent", "unknown"]
 SMALL = 3  # what a large number is tried as: a window that is longer than the inputs would hide what it does
@@ -38,14 +39,14 @@ def _differ(
 ) -> tuple[bool, bool]:
     """Whether two tiny models that differ in a field differ in a shape or an output, and whether the field was read."""
     read: set[str] = set()
-    configs = [type(small).from_dict({**small.to_dict(), field: value}) for value in (old, new)]
+    configs = [rebuilt(small, {**flat(small), field: value}) for value in (old, new)]
     models = [tiny_model(model_class, _spied(config, read)) for config in configs]
     shapes = [[(name, p.shape) for name, p in model.named_parameters()] for model in models]
     if shapes[0] != shapes[1]:
         return True, True
-    given = inputs_of(models[0])
-    apart = distance(outputs(models[0], given), outputs(models[1], given))
-    return apart.absolute > 0, field in read
+    inputs = every_input(models[0])
+    apart = [distance(outputs(models[0], given), outputs(models[1], given)) for given in inputs]
+    return any(each.absolute > 0 for each in apart), field in read
 
 
 def _spied(config: PreTrainedConfig, read: set[str]) -> PreTrainedConfig:

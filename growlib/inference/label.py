@@ -31,6 +31,7 @@ from growlib.inference.sizes import builds
 from growlib.inference.table import table_of
 from growlib.layouts import Dim, Layout
 from growlib.outputs import vocabulary
+from growlib.parts import flat
 
 MOST = 0.6  # of the channels: more than one of at least two heads
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -51,9 +52,9 @@ def draft(model: PreTrainedModel) -> Architecture:
     _pooled_as_hidden(state)
     _other_streams(state)
     for name, module in model.named_modules():
-        if experts := _expert_count(state, module):
+        if experts := _expert_count(state, name, module):
             state.axis("experts", experts, "experts", name)
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) and not _is_elsewhere(state, name):
             state.inputs[state.key(f"{name}.out_proj")] = _head_axes(state, name, module)[2]
     for name, module in model.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
@@ -74,6 +75,8 @@ def _linear_maps(state: Draft) -> None:
         row = state.row_of(name.removeprefix(state.prefix) + ".weight")
         if not probe.is_linear(module) or row in known or name not in state.seen.outputs:
             continue
+        if not state.grows(name) and all(size % state.hidden for size in module.weight.shape):
+            continue  # a map inside another part
         known.add(row)
         moved = probe.moved_by(state.model, name, probe.out_features(module))
         norm = norm_after(state, name)
@@ -102,10 +105,12 @@ def _share(rows: list[probe.Row]) -> float:
 
 def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> None:
     width = state.seen.inputs[reader].shape[-1]
+    if not state.grows(reader) and width % state.hidden:
+        return  # a width of another part
     reading = read_rows(writers, width)
     names = {}
     kv_heads = reading.sizes.get("kv_heads")
-    told = [v for f, v in state.model.config.to_dict().items() if re.search("key_value_heads|kv_heads", f)]
+    told = [v for f, v in flat(state.model.config).items() if re.search("key_value_heads|kv_heads", f)]
     shared = kv_heads == reading.sizes.get("heads") and kv_heads not in told
     for axis, size in reading.sizes.items():
         role = {"ffn": "elementwise", "heads": "query_heads", "kv_heads": "key_heads", "value": "linear"}.get(
@@ -153,7 +158,7 @@ def _other_streams(state: Draft) -> None:
     embedded = {m.embedding_dim for m in state.model.modules() if isinstance(m, nn.Embedding)}
     for name, norm in state.norms.items():
         width = state.seen.inputs[name].shape[-1]
-        if width != state.hidden and not writes_unit(state, name):
+        if state.grows(name) and width != state.hidden and not writes_unit(state, name):
             kind = "embedding" if width in embedded else "low_rank"
             state.streams[width] = state.axis(kind, width, "layer_norm" if norm.centred else "rms_norm", "")
 
@@ -165,18 +170,21 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
     if probe.is_linear(module):
         return _linear_layout(state, name, module, kind)
     if isinstance(module, nn.Embedding):
+        if _is_elsewhere(state, name):
+            return (replace(FIXED, side="read"), _dim(state, shape[1], "write"))
         return (Dim(((_lookup(state, name, shape[0]),),), "read"), _dim(state, shape[1], "write", heads=True))
     if isinstance(module, CONVOLUTIONS):
         reads = tuple(_dim(state, size, "read") for size in shape[1:2])
         return (_dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
-    if isinstance(module, nn.MultiheadAttention) and kind.startswith("in_proj"):
+    if isinstance(module, nn.MultiheadAttention) and not _is_elsewhere(state, name) and kind.startswith("in_proj"):
         write = Dim(_head_axes(state, name, module), "write")
         return (write, _dim(state, shape[1], "read")) if len(shape) == 2 else (write,)
-    if len(shape) > 1 and shape[0] == _expert_count(state, module):
+    if len(shape) > 1 and shape[0] == _expert_count(state, name, module):
         return _expert_layout(state, name, kind, shape)
     if len(shape) == 1 and shape[0] == state.hidden and state.stack_of(name):
         return (Dim((("raw",),), "scale"),)  # such as a LayerScale
-    read = "weight" in kind and len(shape) == 2  # a linear map of its own kind, such as a router
+    # a linear map of its own kind, such as a router; what joins an image to the text writes the text's stream
+    read = "weight" in kind and len(shape) == 2 and not _is_elsewhere(state, name)
     sides = [_dim(state, size, "read" if read and i else "write", heads=True) for i, size in enumerate(shape)]
     return tuple(_raw_if(state, name, dim) for dim in sides)
 
@@ -218,7 +226,7 @@ def _linear_layout(state: Draft, name: str, module: nn.Module, kind: str) -> Lay
         read = Dim((state.inputs[state.key(name)],), "read")
     else:
         read = _raw_if(state, name, _dim(state, features_in, "read"))
-        if read.parts == FIXED.parts and not state.stack_of(name):
+        if read.parts == FIXED.parts and not state.stack_of(name) and not _is_elsewhere(state, name):
             read = _side_by_side(state, features_in) or read
     return (read, write) if isinstance(module, Conv1D) else (write, read)
 
@@ -275,9 +283,16 @@ def _head_axes(state: Draft, name: str, module: nn.MultiheadAttention) -> tuple[
     return tuple((heads, state.axis(kind, module.head_dim, role, name)) for kind, role in kinds)
 
 
-def _expert_count(state: Draft, module: nn.Module) -> int | None:
+def _is_elsewhere(state: Draft, name: str) -> bool:
+    """Whether a module belongs to another part than the text: nothing in it runs on text alone."""
+    if not state.seen.with_media:
+        return False
+    return not any(ran == name or ran.startswith(name + ".") for ran in state.seen.on_text)
+
+
+def _expert_count(state: Draft, name: str, module: nn.Module) -> int | None:
     """How many experts a module holds, stacked in tensors of three dimensions."""
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS) or _is_elsewhere(state, name):
         return None
     stacked = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3} - {1, state.hidden}
     return stacked.pop() if len(stacked) == 1 else None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from growlib.outputs import inputs_of
+from growlib.outputs import every_input, inputs_of
 
 POSITION = 3  # where rows are moved: several tokens stand before it
 WIDEST = 600  # rows that are moved in one forward pass
@@ -50,6 +50,8 @@ class Trace:
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    on_text: set[str] = field(default_factory=set)  # the modules that run without an image or a sound
+    with_media: bool = False
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -88,7 +90,7 @@ def hooked(model: nn.Module, hook: Callable[[str, nn.Module, Any, Any], Any]) ->
 
 @torch.no_grad()
 def trace(model: PreTrainedModel) -> Trace:
-    """Run once and keep the first input and output of every module."""
+    """Run on each kind of input and keep the first input and output of every module; text alone comes first."""
     seen = Trace()
 
     def keep(name: str, module: nn.Module, given: Tensor | None, output: Any) -> None:
@@ -98,8 +100,12 @@ def trace(model: PreTrainedModel) -> Trace:
         if result is not None and name not in seen.outputs:
             seen.outputs[name] = result.detach().clone()
 
-    with hooked(model, keep):
-        model(**inputs_of(model))
+    for number, given in enumerate(every_input(model)):
+        with hooked(model, keep):
+            model(**given)
+        if number == 0:
+            seen.on_text = {*seen.inputs, *seen.outputs}
+        seen.with_media |= number > 0
     return seen
 
 
@@ -174,11 +180,15 @@ def moved_by(model: PreTrainedModel, site: str, width: int) -> tuple[str, list[R
                     seen_by.append((name, [_row(changed[i]) for i in range(width)]))
         return None
 
+    inputs = [inputs_of(model, batch), *every_input(model, copies=batch)[1:]]
     with hooked(model, move):
-        try:
-            model(**inputs_of(model, batch))
-        except Exception:  # a class whose forward cannot take this batch tells nothing
-            return None
+        for given in inputs:  # the first kind of input on which the module runs
+            try:
+                model(**given)
+            except Exception:  # a class whose forward cannot take this batch tells nothing
+                return None
+            if started:
+                break
     return seen_by[0] if seen_by else None
 
 

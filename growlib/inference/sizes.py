@@ -11,8 +11,10 @@ from growlib.architectures.schema import size_of
 from growlib.checkpoint.loading import skeleton_of
 from growlib.config import DERIVED_FIELDS, lengthen
 from growlib.growth_plan import Skeleton
-from growlib.inference.tiny import SIZE_OF
+from growlib.inference.tiny import SIZE_OF, same_width
 from growlib.layouts import Layout
+from growlib.media import PLACEHOLDER
+from growlib.parts import beside, flat, last_word, part_in, rebuilt, text_part
 
 ABSENT = 72  # what a field that is None is set to
 CONSTANTS = range(2, 9)
@@ -34,8 +36,11 @@ class Build:
 def builds(model_class: type[PreTrainedModel], base: Skeleton) -> list[Build]:
     """One for each config field that changes the class's shapes when it is doubled, or set where it is None."""
     built_with = []
-    for name, value in base.config.to_dict().items():
-        if isinstance(value, bool) or name.endswith("_token_id") or not (value is None or isinstance(value, int)):
+    links = same_width(base.config)
+    for name, value in flat(base.config).items():
+        if part_in(name) not in ("", text_part(base.config)) or name in links:
+            continue
+        if isinstance(value, bool) or PLACEHOLDER.search(name) or not (value is None or isinstance(value, int)):
             continue
         try:
             built = skeleton_of(model_class, changed(base.config, {name: 2 * value if value else ABSENT}))
@@ -48,24 +53,32 @@ def builds(model_class: type[PreTrainedModel], base: Skeleton) -> list[Build]:
 
 def changed(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
     """The config with other values; lists that are as long as a field that grows grow with it."""
-    values = {name: value for name, value in config.to_dict().items() if name not in DERIVED_FIELDS}
+    values = {name: value for name, value in flat(config).items() if last_word(name) not in DERIVED_FIELDS}
+    links = same_width(config)
+    fields = {**{link: fields[width] for link, width in links.items() if width in fields}, **fields}
     for name, new in fields.items():
         old = values[name]
-        counts_layers = SIZE_OF.get(name, 3) == 3
+        counts_layers = SIZE_OF.get(last_word(name), 3) == 3
         if counts_layers and isinstance(old, int) and isinstance(new, int) and new > old > 1:
-            lengthen(values, old, [layer * old // new for layer in range(new)], fields)
-    return type(config).from_dict({**values, **fields})
+            own = beside(values, name)
+            lengthen(own, old, [layer * old // new for layer in range(new)], fields)
+            values |= own
+    return rebuilt(config, {**values, **fields})
 
 
 def candidates(size: int, config: PreTrainedConfig, hint: str) -> list[str]:
     """Expressions of the config with this size, the likeliest first."""
+    links = same_width(config)
     numbers = {
         name: value
-        for name, value in config.to_dict().items()
-        if isinstance(value, int) and not isinstance(value, bool) and value > 1 and not name.endswith("_token_id")
+        for name, value in flat(config).items()
+        if isinstance(value, int) and not isinstance(value, bool) and value > 1 and not PLACEHOLDER.search(name)
+        if part_in(name) in ("", text_part(config)) and name not in links
     }
     # A field whose name says what the axis is for comes first, then the usual names.
-    order = sorted(numbers, key=lambda name: (-sum(word in name for word in hint.split()), name not in SIZE_OF))
+    order = sorted(
+        numbers, key=lambda name: (-sum(word in name for word in hint.split()), last_word(name) not in SIZE_OF)
+    )
     options = [name for name in order if numbers[name] == size]
     options += [f"{a} / {b}" for a in order for b in order if a != b and numbers[a] == size * numbers[b]]
     options += [f"{a} * {c}" for a in order for c in CONSTANTS if numbers[a] * c == size]

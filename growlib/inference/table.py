@@ -9,7 +9,9 @@ from growlib.errors import GrowError
 from growlib.growth_plan import Skeleton
 from growlib.inference.draft import FIXED, Draft, head_norm_of, is_hidden, is_post_norm, norm_after
 from growlib.inference.sizes import Build, choose
+from growlib.inference.tiny import same_width
 from growlib.layouts import Dim
+from growlib.parts import flat, value_of
 
 
 def table_of(state: Draft, base: Skeleton, others: list[Build]) -> Architecture:
@@ -19,7 +21,7 @@ def table_of(state: Draft, base: Skeleton, others: list[Build]) -> Architecture:
     # A field that adds or removes tensors makes another table, whose sizes say nothing about this one.
     rows = {state.row_of(base.base(name)) for name in base.shapes}
     alike = [b for b in others if {state.row_of(base.base(name)) for name in b.skeleton.shapes} == rows]
-    bound = [b.field for b in others if b not in alike and getattr(base.config, b.field) == state.hidden]
+    bound = [b.field for b in others if b not in alike and value_of(base.config, b.field) == state.hidden]
     _only_hidden(state, base, alike)
     sizes = choose(state.sizes, hints, state.rows, state.row_of, base, alike)
     if "hidden" not in sizes:
@@ -39,6 +41,7 @@ def table_of(state: Draft, base: Skeleton, others: list[Build]) -> Architecture:
         ties=_ties(state),
         head_norm=state.key(head_norm_of(state)).rstrip("."),
         follows=_follows(axes)
+        | dict.fromkeys(same_width(base.config), axes["hidden"].size)
         | routed
         | {field: axes["hidden"].size for field in bound if field != axes["hidden"].size},
     )
@@ -47,7 +50,7 @@ def table_of(state: Draft, base: Skeleton, others: list[Build]) -> Architecture:
 def _only_hidden(state: Draft, base: Skeleton, others: list[Build]) -> None:
     """Dimensions that have the width's length by chance keep theirs: those that it does not explain in every build."""
     skeletons = [base, *(build.skeleton for build in others if not build.was_absent)]
-    fields = [f for f, v in base.config.to_dict().items() if type(v) is int and v == state.hidden]
+    fields = [f for f, v in flat(base.config).items() if type(v) is int and v == state.hidden]
 
     def chance(field: str) -> set[tuple[str, int]]:
         return {
@@ -56,7 +59,7 @@ def _only_hidden(state: Draft, base: Skeleton, others: list[Build]) -> None:
             for name, shape in skeleton.shapes.items()
             for row in [state.row_of(skeleton.base(name))]
             for i, (dim, length) in enumerate(zip(state.rows.get(row, ()), shape, strict=False))
-            if dim.parts == (("hidden",),) and length != getattr(skeleton.config, field)
+            if dim.parts == (("hidden",),) and length != value_of(skeleton.config, field)
         }
 
     for row, i in min(map(chance, fields), key=len, default=set()):
@@ -89,7 +92,7 @@ def _groups(state: Draft, axis: str, sizes: dict[str, str]) -> str:
 
 def _per_token(config: Any, axes: dict[str, Axis]) -> tuple[dict[str, Axis], dict[str, str]]:
     """The experts' axes with that of how many act on a token, which no shape shows; its field follows theirs."""
-    fields = [f for f, v in config.to_dict().items() if type(v) is int and re.search(r"per_tok|top_?k", f)]
+    fields = [f for f, v in flat(config).items() if type(v) is int and re.search(r"per_tok|top_?k", f)]
     field = next((field for field in fields if "group" not in field), "")
     experts = {name: axis for name, axis in axes.items() if axis.role == "experts"}
     if not field or not experts:

@@ -1,6 +1,7 @@
 """A tiny model of a class: the config's own switches, small sizes that can be told apart, every parameter random."""
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +9,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.config import DERIVED_FIELDS
 from growlib.errors import GrowError
-from growlib.outputs import inputs_of, outputs
+from growlib.inference import tiny_parts
+from growlib.media import media_in, wanted
+from growlib.outputs import every_input, outputs
+from growlib.parts import parts_of, rebuilt, text_of, text_part
 
 # Small sizes, distinct where two of them could stand in one tensor, by the names that configs give them.
 SIZES = {
@@ -45,41 +49,84 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
     Raises GrowError where no small model of the class can be built and run.
     """
     asked = f"building a tiny {model_class.__name__}"
-    nested = {name: value for name, value in config.to_dict().items() if isinstance(value, dict)}
-    parts = [name for name, value in nested.items() if value.keys() & set(SIZES[64].split())]
-    if parts:
-        valid = "a part of it, such as its language model"
-        raise GrowError(asked, f"it is made of several configs: {', '.join(parts)}", valid)
-    fields = _small(config)
-    head_dim: dict[str, Any] = {"head_dim": 16} if "head_dim" in fields else {}
-    no_groups: dict[str, Any] = {
-        name: 4 for name in ("num_key_value_heads", "num_kv_heads", "n_kv_heads") if name in fields
-    }
-    unset = {name: SIZE_OF[name] for name, value in fields.items() if value is None and name in SIZE_OF}
-    unset |= {name: 0 for name in ("pad_token_id", "mask_token_id") if fields.get(name, 0) is None}
     wrong: Exception | None = None
-    # A scan's state is often twice as wide as hidden.
-    scanned = {name: size for name, size in SCANNED.items() if name in fields}
-    for more in ({}, head_dim, no_groups, no_groups | head_dim, unset, unset | head_dim, scanned):
+    for fields in _small_fields(config):
         try:
-            small = type(config).from_dict({**fields, **more})
+            small = rebuilt(config, fields)
             with torch.device("meta"):
                 count = sum(p.numel() for p in model_class(copy.deepcopy(small)).parameters())
             if count <= LARGEST:
                 model = tiny_model(model_class, small)
-                outputs(model, inputs_of(model))
+                inputs = every_input(model)
+                outputs(model, inputs[0])
+                if unseen := wanted(model) - media_in(model):
+                    raise ValueError(f"no {' and no '.join(sorted(unseen))} could be made on which it runs")
                 return small
             wrong = wrong or ValueError(f"its small model has {count:,} parameters")
         except Exception as error:  # whatever a class of transformers raises
             wrong = wrong or error
-    reason = str(wrong).strip().splitlines() or [type(wrong).__name__]
+    reason = str(wrong).strip().splitlines()
+    reason = [type(wrong).__name__] if reason in ([], ["None"]) else reason
     raise GrowError(
         asked, reason[-1].strip(), "a class that can be built at small sizes, or a table in growlib/architectures"
     )
 
 
-def _small(config: PreTrainedConfig) -> dict[str, Any]:
-    fields = {name: value for name, value in config.to_dict().items() if name not in DERIVED_FIELDS}
+def same_width(config: PreTrainedConfig) -> dict[str, str]:
+    """Fields of a tiny config, outside its text, that say the text's width again; each with the one that says it."""
+    return tiny_parts.same_width(config, SIZES[64].split()) if parts_of(config) else {}
+
+
+def _small_fields(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
+    """Flat fields to try, until a model can be built of them and runs."""
+    text = text_part(config)
+    own = text_of(config)
+    before = {**own.to_dict()}
+    fields = _small(before)
+    for more in _variants(fields, bool(parts_of(config))):
+        small = {**fields, **more}
+        if not parts_of(config):
+            yield small
+            continue
+        heads = [
+            [each.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads")] for each in (before, small)
+        ]
+        old, new = (head or (wide or 0) // (count or 1) for head, wide, count in heads)
+        if old:
+            tiny_parts.fit_rotary(small, old, new)
+        width = next((n for n in SIZES[64].split() if type(before.get(n)) is int), "hidden_size")
+        prefix = text + "." if text else ""
+        named = {prefix + name: value for name, value in small.items()}
+        yield from tiny_parts.small_parts(config, named, before.get(width, 0), small.get(width, 0))
+
+
+def _variants(fields: Mapping[str, Any], parts: bool) -> list[dict[str, Any]]:
+    """What else some classes need: another head_dim, no groups of heads, fields that are not set."""
+    head_dim: dict[str, Any] = {"head_dim": 16} if "head_dim" in fields else {}
+    no_groups: dict[str, Any] = {name: 4 for name in KV_HEADS if name in fields}
+    unset = {name: SIZE_OF[name] for name, value in fields.items() if value is None and name in SIZE_OF}
+    unset |= {name: 0 for name in ("pad_token_id", "mask_token_id") if fields.get(name, 0) is None}
+    # A scan's state is often twice as wide as hidden.
+    scanned = {name: size for name, size in SCANNED.items() if name in fields}
+    # Some classes split their rotary pairs into sections of a fixed size unless told otherwise.
+    rope = fields.get("rope_parameters")
+    sections: dict[str, Any] = (
+        {"rope_parameters": {**rope, "mrope_section": [2, 3, 3]}} if isinstance(rope, dict) else {}
+    )
+    return [
+        {},
+        head_dim,
+        no_groups,
+        no_groups | head_dim,
+        unset,
+        unset | head_dim,
+        scanned,
+        *([sections | head_dim] if sections and parts else []),
+    ]
+
+
+def _small(before: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: value for name, value in before.items() if name not in DERIVED_FIELDS}
     fields |= {name: name == "return_dict" for name in REPORTING if name in fields}
     old_layers = {fields[n] for n in SIZES[3].split() if isinstance(fields.get(n), int)}
     wide = {fields[n] for n in SIZES[64].split() if isinstance(fields.get(n), int)}

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from growlib.architectures.schema import Architecture, Axis, size_of
 from growlib.layouts import Dim
+from growlib.parts import text_part, value_of
 
 ROTARY_SHARES = (
     "partial_rotary_factor",
@@ -22,7 +23,7 @@ def of_hidden(table: Architecture, config: PreTrainedConfig) -> Iterator[tuple[s
     """Whether the class scales its embeddings or its head by the width, and whether heads may grow with the width."""
     hidden = table.axes["hidden"].size
     others = {name: wide for name, wide in table.follows.items() if wide != hidden}
-    same = {n: hidden for n in table.follows.keys() - others if getattr(config, n) == getattr(config, hidden)}
+    same = {n: hidden for n in table.follows.keys() - others if value_of(config, n) == value_of(config, hidden)}
     heads = dict.fromkeys(table.follows.keys() - others - same.keys(), hidden)
     scales = {"": (0.0, 0.0), ", embeddings times sqrt(hidden)": (0.5, 0.0), ", head over sqrt(hidden)": (0.0, -0.5)}
     for (name, powers), follows in product(scales.items(), (same | heads, same) if heads else (same,)):
@@ -54,13 +55,15 @@ def _paired(dim: Dim, by: bool) -> Dim:
 
 def of_head_dim(table: Architecture, config: PreTrainedConfig) -> Iterator[tuple[str, Architecture]]:
     """How queries and keys are rotated and whether their product is scaled by 1/sqrt(head_dim)."""
+    text = text_part(config)
     queries = [name for name, axis in table.axes.items() if axis.role == "query"]
     for scaled_by in ("", "never"):
         axes = {n: replace(a, scaled_by=scaled_by) if n in queries else a for n, a in table.axes.items()}
         plain = replace(table, axes=axes)
         scale = "scores over sqrt(head_dim)" if not scaled_by else "scores of a fixed scale"
         yield f"no rotation, {scale}", plain
-        shares = [share for share in ROTARY_SHARES if size_of(share, config) not in (None, 1.0)]
+        named = [f"{text}.{share}" if text else share for share in ROTARY_SHARES]
+        shares = [share for share in named if size_of(share, config) not in (None, 1.0)]
         for halves_first, share in product((True, False), (*shares, None)):
             pairs = "rotated by halves" if halves_first else "rotated by neighbours"
             of_it = f", {share} of it" if share else ""

@@ -12,7 +12,8 @@ from growlib.architectures.schema import EVERYTHING, EXACT, RESIDUAL, Architectu
 from growlib.checkpoint.loading import empty_model, fill, skeleton, skeleton_of
 from growlib.inference.sizes import changed
 from growlib.operators import Method, method
-from growlib.outputs import TOLERANCE, distance, inputs_of, outputs
+from growlib.outputs import TOLERANCE, distance, every_input, outputs
+from growlib.parts import value_of
 from growlib.planner import Request, make_plan
 
 RATIOS: tuple[tuple[Any, float], ...] = (("x2", 2.0), ("x1.5", 1.5))
@@ -55,8 +56,8 @@ def trial(
 
 def apart(model: PreTrainedModel, grown: PreTrainedModel, seed: int) -> float:
     """The largest difference of what they compute, in shares of the spread of the first one's output."""
-    given = inputs_of(model, seed=seed)
-    return distance(outputs(model, given), outputs(grown, given)).relative
+    inputs = every_input(model, seed=seed)
+    return max(distance(outputs(model, given), outputs(grown, given)).relative for given in inputs)
 
 
 def growths(table: Architecture, config: PreTrainedConfig) -> Iterator[tuple[Growth, list[dict[str, Any]]]]:
@@ -74,7 +75,7 @@ def growths(table: Architecture, config: PreTrainedConfig) -> Iterator[tuple[Gro
             own += [field for a in table.axes.values() if a.groups == name for field in _fields(table, a.size)[:1]]
         for ratio, number in RATIOS:
             alone, together = (
-                {field: int(getattr(config, field) * number) for field in fields} for fields in (own, [*own, *wide])
+                {field: int(value_of(config, field) * number) for field in fields} for fields in (own, [*own, *wide])
             )
             yield (
                 Growth(name, ratio),
@@ -92,11 +93,11 @@ def followers(
     following = {}
     for field, width in table.follows.items():
         if width in fields and field not in fields:
-            same = getattr(config, field) == getattr(config, width)
+            same = value_of(config, field) == value_of(config, width)
             if same:
                 following[field] = fields[width]
             elif heads:
-                following[field] = getattr(config, field) * fields[width] // getattr(config, width)
+                following[field] = value_of(config, field) * fields[width] // value_of(config, width)
     return following
 
 
