@@ -153,10 +153,13 @@ def test_the_default_grows_fresh_parts_where_they_are_exact_and_copies_elsewhere
     wide = {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 8, "num_key_value_heads": 4}
     plan = growlib.plan(tiny("llama"), wide)
     fresh = {name for name, axis_map in plan.maps.items() if (axis_map.source < 0).any()}
-    assert fresh == {"hidden", "ffn"}
+    assert fresh == {"hidden", "ffn", "heads", "kv_heads"}
     assert plan.maps["hidden"].new_gain == lossless.NEW_GAIN
     post_norm = growlib.plan(tiny("bert"), {"hidden_size": 96, "intermediate_size": 224})
-    assert {name for name, axis_map in post_norm.maps.items() if (axis_map.source < 0).any()} == {"ffn"}
+    assert {name for name, axis_map in post_norm.maps.items() if (axis_map.source < 0).any()} == {"ffn", "heads"}
+    fewer = growlib.plan(tiny("llama"), {"hidden_size": 96, "num_key_value_heads": 4})  # 2 query heads each, then 1
+    assert {name for name, axis_map in fewer.maps.items() if (axis_map.source < 0).any()} == {"hidden"}
+    assert fewer.exact
     assert plan.exact
     assert post_norm.exact
 

@@ -3,7 +3,7 @@
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -47,6 +47,7 @@ class Axis:
     size: str
     role: str = ""  # empty: a constant of the layout, which never grows
     groups: str = ""  # query heads: the axis of the KV heads that they share
+    shared_by: str = ""  # KV heads: the axis of those query heads; set by Architecture
     scaled_by: str = ""  # query: the config flag that turns the 1/sqrt(head_dim) of the scores on; empty: always;
     # "never" where the scores have a scale of their own
     per_token: str = ""  # experts: the axis of how many of them act on a token
@@ -142,6 +143,11 @@ class Architecture:
     candidates: tuple[tuple[str, Verdict], ...] = ()  # of an inferred table: what was tried
     follows: Mapping[str, str] = field(default_factory=dict)
     conditions: tuple[Condition, ...] = ()
+
+    def __post_init__(self) -> None:
+        sharing = {axis.groups: name for name, axis in self.axes.items() if axis.groups}
+        shared = {name: replace(axis, shared_by=sharing.get(name, "")) for name, axis in self.axes.items()}
+        object.__setattr__(self, "axes", shared)
 
     def sizes(self, config: Any) -> dict[str, int]:
         """The size of each axis under a config. Raises ValueError where it is not a whole number."""
