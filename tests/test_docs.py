@@ -358,6 +358,17 @@ def test_the_differences_of_starts_are_those_of_the_runs():
             assert float(cell) == pytest.approx(difference, abs=6e-4), (this, against, seed)
 
 
+def test_heads_in_a_long_training_are_those_of_the_runs():
+    section = (DOCS / "results/defaults.md").read_text().split("## Heads, in a long")[1]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.endswith(" |") and "." in line]
+    runs = json.loads((DOCS / "results/defaults/heads.json").read_text())
+    assert len(rows) == len(runs) == 5
+    for (start, rate, *losses), run in zip(rows, runs, strict=True):
+        assert (start, float(rate)) == (run["start"], run["learning_rate"])
+        at = {point["step"]: point["eval_loss"] for point in run["curve"]}
+        assert [float(loss) for loss in losses] == pytest.approx([at[s] for s in (600, 1200, 1800, 2400)], abs=6e-4)
+
+
 @pytest.mark.parametrize(
     ("heading", "runs"),
     [("Enough text", ["seed-0", "seed-1", "seed-2"]), ("A better teacher", ["teacher-0"]), ("Three times", ["long-0"])],
