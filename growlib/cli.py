@@ -81,7 +81,7 @@ def _parser() -> Parser:
     command = _command(commands, "methods", "the growth methods")
     command.add_argument("--bibtex", action="store_true", help="their sources as BibTeX")
     command = _command(commands, "families", "the model types with a table, and the inference of others")
-    command.add_argument("--check", metavar="TYPE", help="show the table of a model type and what is proven of it")
+    command.add_argument("--check", metavar="TYPE", help="show the table of a model type, or of your module:Class")
     command.add_argument("--table", metavar="PATH", help="read a table of your own, or a folder of them, before")
     _cache_options(_command(commands, "cache", "write what a teacher says about a dataset, or verify what was written"))
     return parser

@@ -4,13 +4,13 @@ import argparse
 import difflib
 import json
 import textwrap
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -24,17 +24,17 @@ from growlib.costs import bytes_of, cost_table, parameters_of, sizes_that_stay
 from growlib.errors import GrowError
 from growlib.growth import plan as decide
 from growlib.growth_plan import GrowthPlan
-from growlib.inference import architecture_of, verified
-from growlib.layouts import layout_text
+from growlib.inference import architecture_of, infer, verified
 from growlib.limits import fits_into_memory
 from growlib.nearest import nearest_exact
+from growlib.own import imported
 from growlib.papers import bibtex
 from growlib.progress import progress_bar
+from growlib.show import WIDTH, table
 from growlib.streaming import write_grown
 from growlib.verification import verify as compare
 
 UNCHECKED = 3  # exit code: the check could not run, or cannot tell
-WIDTH, NARROW = 100, 16  # columns of a table, and those that each of its columns may keep
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
@@ -99,7 +99,7 @@ def plan(options: argparse.Namespace) -> int:
         print(textwrap.fill(offer, WIDTH, subsequent_indent="  "))
     stays = ", ".join(f"{field}={size}" for field, size in sizes_that_stay(growth).items())
     print("\n" + textwrap.fill(f"sizes that stay: {stays or 'none'}", WIDTH, subsequent_indent="  "))
-    print("\n" + _table(cost_table(growth)))
+    print("\n" + table(cost_table(growth)))
     return 0
 
 
@@ -173,7 +173,7 @@ def methods(options: argparse.Namespace) -> int:
         return 0
     shown = [("method", "width", "depth", "exact", "source")]
     shown += [(m.name, "yes" if m.width else "-", "yes" if m.depth else "-", m.exact, m.source) for m in rows]
-    print(_table(shown))
+    print(table(shown))
     return 0
 
 
@@ -183,26 +183,25 @@ def families(options: argparse.Namespace) -> int:
         return _check(options.check)
     rows = [("family", "axes that grow")]
     for name in names:
-        table = table_of(name)
-        axes = [axis for axis, facts in table.axes.items() if facts.role]
-        rows.append((name, ", ".join([*axes, *dict.fromkeys(stack.layers for stack in table.stacks)])))
-    print(_table(rows))
+        known = table_of(name)
+        axes = [axis for axis, facts in known.axes.items() if facts.role]
+        rows.append((name, ", ".join([*axes, *dict.fromkeys(stack.layers for stack in known.stacks)])))
+    print(table(rows))
     return 0
 
 
-def _check(model_type: str) -> int:
-    if model_type not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=5) or ["llama"]
-        raise GrowError(f"--check {model_type}", "transformers has no such model type", ", ".join(close))
-    table = verified(CONFIG_MAPPING[model_type]())
-    print(_table([("axis", "size", "role"), *((n, a.size, a.role or "never grows") for n, a in table.axes.items())]))
-    print("\n" + _table([("tensor", "layout"), *((row, layout_text(layout)) for row, layout in table.tensors.items())]))
-    for stack in table.stacks:
-        print(f"\n{stack.layers} blocks {stack.block}  without {', '.join(stack.writers)} they are the identity")
-    tried = [(name, verdict.why or verdict.kind) for name, verdict in table.candidates]
-    print("\n" + (_table([("candidate", "verdict"), *tried]) if tried else "a curated table: no candidates"))
-    proven = [(str(growth), verdict.why or verdict.kind) for growth, verdict in (table.proven or {}).items()]
-    print("\n" + _table([("growth", "verdict"), *proven]))
+def _check(name: str) -> int:
+    if ":" in name:
+        asked, valid = f"--check {name}", "module:Class, a PreTrainedModel with a config_class"
+        own = imported(asked, name, valid)
+        if not (isinstance(own, type) and issubclass(own, PreTrainedModel) and own.config_class):
+            raise GrowError(asked, f"it is a {type(own).__name__}", valid)
+        print(infer(own.config_class(), own))
+        return 0
+    if name not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(name, CONFIG_MAPPING.keys(), n=5) or ["llama"]
+        raise GrowError(f"--check {name}", "transformers has no such model type", ", ".join(close))
+    print(verified(CONFIG_MAPPING[name]()))
     return 0
 
 
@@ -260,16 +259,3 @@ def _told(written: Any, folder: str) -> int:
     print(f"{folder}: {len(written):,} examples, {written.positions:,} positions of {each:.1f} bytes on disk")
     print(f"the teacher's loss there: {written.teacher_ce:.4f}")
     return 0
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows in columns; what is too long for its column goes on below."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    while sum(widths) + 2 * (len(widths) - 1) > WIDTH and max(widths) > NARROW:
-        widths[widths.index(max(widths))] -= 1
-    lines = []
-    for row in rows:
-        cells = [textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widths, strict=True)]
-        for parts in zip_longest(*cells, fillvalue=""):
-            lines.append("  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
-    return "\n".join(lines)

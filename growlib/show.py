@@ -1,4 +1,8 @@
-"""Which share of a tensor comes from where, as a bar: the signs in the table of a plan."""
+"""How plans and architectures are printed: tables, and which share of a tensor comes from where, as a bar."""
+
+import textwrap
+from collections.abc import Sequence
+from itertools import zip_longest
 
 import numpy as np
 
@@ -8,6 +12,7 @@ from growlib.maps import FILLINGS, AxisMap, LayerMap, Side, copy_numbers
 # The signs, each outranked by those before it: a zero row stays zero whatever its columns are.
 SHARED, NEXT, COPIED = "▓", "▚", "█"
 SIGNS = [FILLINGS["zero"].sign, FILLINGS["free"].sign, FILLINGS["mean"].sign, NEXT, SHARED, COPIED]
+WIDTH, NARROW = 100, 16  # columns of a table, and those that each of its columns may keep
 LEGEND = "█ copied   ▓ shared among copies   ▚ of the next layer   ▒ mean   ░ new   · zero"
 
 
@@ -66,3 +71,16 @@ def split_layer(name: str) -> tuple[str, str]:
 def layer_ranges(layers: list[str]) -> str:
     """Layer numbers in few words."""
     return ",".join(layers) if len(layers) < 4 else f"{layers[0]}..{layers[-1]} ({len(layers)})"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in columns; what is too long for its column goes on below."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH and max(widths) > NARROW:
+        widths[widths.index(max(widths))] -= 1
+    lines = []
+    for row in rows:
+        cells = [textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widths, strict=True)]
+        for parts in zip_longest(*cells, fillvalue=""):
+            lines.append("  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
+    return "\n".join(lines)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from tiny import CONFIGS, tiny
+from unknown import LoomConfig, LoomForCausalLM
 
 import growlib
 from growlib.cli import _parser, main
@@ -200,6 +201,20 @@ def test_plan_exact_refuses(small, tmp_path, capsys):
     assert main([*inexact, "--exact", "--save", str(tmp_path / "plan.json")]) == 2
     assert "acts again" in capsys.readouterr().err
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_class_of_ones_own_is_checked(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("GROWLIB_CACHE", str(tmp_path))
+    assert main(["families", "--check", "unknown:LoomForCausalLM"]) == 0
+    said = capsys.readouterr().out
+    assert said.strip() == str(growlib.infer(LoomConfig(), LoomForCausalLM)).strip()
+    for words in ("found on a tiny model", "axis", "hidden", "growth", "exact", ": the identity without "):
+        assert words in said
+    assert max(map(len, said.splitlines())) <= 100
+    for wrong, why in [("unknown:Nothing", "cannot be imported"), ("no_module:X", "cannot be imported"),
+                       ("json:dumps", "it is a function")]:  # fmt: skip
+        assert main(["families", "--check", wrong]) == 2
+        assert why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["methods"], ["families"], ["families", "--check", "qwen3"]])

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from growlib.errors import GrowError
 from growlib.layouts import Layout, layout_text, parse_layout
 from growlib.parts import value_of
+from growlib.show import table
 
 Sizes = Mapping[str, int]
 
@@ -162,6 +163,19 @@ class Architecture:
                 asked, group = axis.size, self.axes[axis.groups].size
                 raise ValueError(f"{asked}={sizes[name]} is not a multiple of {group}={sizes[axis.groups]}")
         return sizes
+
+    def __str__(self) -> str:
+        tried = [(name, verdict.why or verdict.kind) for name, verdict in self.candidates]
+        proven = [(str(growth), verdict.why or verdict.kind) for growth, verdict in (self.proven or {}).items()]
+        parts = [
+            f"{self.model_type}: {'found on a tiny model' if self.candidates else 'written by hand'}",
+            table([("axis", "size", "role"), *((n, a.size, a.role or "never grows") for n, a in self.axes.items())]),
+            table([("tensor", "layout"), *((row, layout_text(layout)) for row, layout in self.tensors.items())]),
+            *(f"{s.layers} blocks {s.block}: the identity without {', '.join(s.writers)}" for s in self.stacks),
+            *([table([("candidate", "verdict"), *tried])] if tried else []),
+            *([table([("growth", "verdict"), *proven])] if proven else []),
+        ]
+        return "\n\n".join(parts)
 
     def size_fields(self) -> frozenset[str]:
         """The config fields that say a size."""

@@ -5,13 +5,9 @@ of these functions: `Method(width=functools.partial(hypercloning.width, snr_db=2
 """
 
 import difflib
-import importlib
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from growlib.architectures.schema import Axis, Sizes
 from growlib.errors import GrowError
@@ -40,6 +36,7 @@ from growlib.operators import (
     stack,
     staged,
 )
+from growlib.own import imported
 from growlib.papers import BERT2BERT, LEMON, LIGO, LLAMA_PRO, Paper
 
 Width = Callable[[str, Axis, Sizes, Sizes, int], AxisMap]  # axis name, axis, old sizes, new sizes, seed
@@ -159,7 +156,7 @@ def method(name: str | Method) -> Method:
 
 def _one(asked: str, name: str) -> Method:
     if ":" in name:
-        return _imported(asked, name)
+        return _of_the_user(asked, name)
     if name not in _table:
         close = difflib.get_close_matches(name, _table, n=1)
         wrong = f"there is no method {name!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
@@ -167,18 +164,10 @@ def _one(asked: str, name: str) -> Method:
     return _table[name]
 
 
-def _imported(asked: str, name: str) -> Method:
+def _of_the_user(asked: str, name: str) -> Method:
     """A Method of the user's own, from a module that Python finds, the working directory included."""
-    module, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        own: Any = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a user's module raises
-        valid = "module:attribute, where `python -c 'import module'` works and attribute is a growlib.Method"
-        raise GrowError(f"method {asked!r}", f"{name} cannot be imported ({error})", valid) from error
-    finally:
-        sys.path.remove(here)
+    valid = "module:attribute, where `python -c 'import module'` works and attribute is a growlib.Method"
+    own = imported(f"method {asked!r}", name, valid)
     if not isinstance(own, Method):
         raise GrowError(f"method {asked!r}", f"{name} is a {type(own).__name__}", "a growlib.Method")
     return own
