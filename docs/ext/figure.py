@@ -96,7 +96,10 @@ def drawing(plan: GrowthPlan) -> str:
         left += old + ARROW + new + GAP
     width, height = left - GAP + MARGIN, TOP + tallest + BOTTOM
     x = float(MARGIN)
-    for kind, words in reversed(list(zip(CLASSES, LEGEND, strict=True))):
+    there = {int(kind) for tensor in made for kind in kinds(tensor, plan).unique()}
+    for number, (kind, words) in reversed(list(enumerate(zip(CLASSES, LEGEND, strict=True)))):
+        if number not in there:
+            continue
         at = f'x="{x:.2f}" y="{height - 26:.2f}" width="14" height="14"'
         lines.append(f'<rect class="{kind}" {at}/><rect class="edge" {at}/>')
         lines.append(f'<text x="{x + 20:.2f}" y="{height - 14:.2f}">{words}</text>')
