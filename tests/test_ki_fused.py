@@ -95,7 +95,7 @@ def assert_same(mine, twin):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     vocab=st.integers(2, 70),
     padding=st.sampled_from([0, 0, -1, 3]),
@@ -290,6 +290,7 @@ def test_the_host_waits_for_nothing(device, kind):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_where_there_is_no_gpu(device):
     """For sm_80 and sm_90: loads, types and barriers that the interpreter does not mind."""
     if device == "cuda":
