@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import Counter
 from dataclasses import dataclass
 from operator import gt
 from pathlib import Path
@@ -89,9 +90,9 @@ def verify(
         wrong = f"they are a {type(small).__name__} and a {type(big).__name__}"
         raise GrowError(asked, wrong, "two models of one class, or a dense one and a mixture of experts")
     shapes = {name: parameter.shape for name, parameter in big.named_parameters()}
-    rows = {re.sub(r"\.\d+\.", ".*.", name) for name in shapes}  # layers of several kinds may move
+    mine, theirs = (_rows(model) for model in (small, big))
     for name, parameter in small.named_parameters():
-        lost = type(big) is type(small) and re.sub(r"\.\d+\.", ".*.", name) not in rows
+        lost = type(big) is type(small) and mine[_row(name)] > theirs[_row(name)]
         if lost or (name in shapes and any(map(gt, parameter.shape, shapes[name]))):
             wrong = f"{name} is {'missing' if lost else 'smaller'} in the second"
             raise GrowError(asked, wrong, "first the source, then a model at least as large")
@@ -111,6 +112,16 @@ def verify(
         None if plan is None else plan.reasons,
         str(coarser).removeprefix("torch."),
     )
+
+
+def _row(name: str) -> str:
+    """A tensor's name without the layer's number: layers of several kinds may move."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _rows(model: PreTrainedModel) -> Counter[str]:
+    """How many layers have each tensor."""
+    return Counter(_row(name) for name, _ in model.named_parameters())
 
 
 def _compared(

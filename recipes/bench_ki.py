@@ -39,12 +39,11 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from base.command import environment, guarded, say
-from base.measure import DEVICE, Row, peak_bytes, ratios, synchronize
+from base.measure import DEVICE, Row, StepTimes, peak_bytes, ratios, synchronize, without_triton
 from base.options import parser_of
 from base.report import as_text
 from base.store import open_folder, write_json
@@ -135,15 +134,6 @@ def loss_forms(sizes: Sizes) -> tuple[dict[str, Callable[[], Tensor]], list[Tens
     return forms, [hidden, weight]
 
 
-def without_triton(form: Callable[[], Tensor]) -> Tensor:
-    """A loss by the kernel's twin in PyTorch; its backward pass has no kernel of growlib's in any case."""
-    fused.HAS_TRITON = False
-    try:
-        return form()
-    finally:
-        fused.HAS_TRITON = True
-
-
 def bench_loss(sizes: Sizes, stop: float) -> dict[str, Row]:
     """Each form once a round, until a time of `time.perf_counter`."""
     forms, inputs = loss_forms(sizes)
@@ -164,21 +154,6 @@ def bench_loss(sizes: Sizes, stop: float) -> dict[str, Row]:
             run(form)
             seconds[name].append(time.perf_counter() - start)
     return {name: {**row, "peak_bytes": peaks[name]} for name, row in ratios(seconds).items()}
-
-
-class StepTimes(TrainerCallback):
-    """Seconds from the end of a step to the end of the next, the first two left out."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        synchronize()
-        self.ends.append(time.perf_counter())
-
-    @property
-    def median(self) -> float:
-        return statistics.median(np.diff(self.ends)[1:])
 
 
 def model(sizes: Sizes, hidden: int, layers: int, ffn: int, seed: int) -> PreTrainedModel:

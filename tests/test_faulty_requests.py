@@ -86,7 +86,7 @@ def test_an_override_has_its_effect_or_is_refused(folder, tmp_path):
     assert main(["expand", str(folder), str(tmp_path / "a"), "--set", "dtype=bfloat16", *BIG]) == 0
     assert main(["expand", str(folder), str(tmp_path / "b"), "--dtype", "bfloat16", *BIG]) == 0
     for name in "ab":
-        assert checkpoint.loading.load(tmp_path / name).dtype == torch.bfloat16
+        assert checkpoint.load(tmp_path / name).dtype == torch.bfloat16
     for override in ({"architectures": ["GPT2Model"]}, {"transformers_version": "1.0"}, {"_name_or_path": "x"}):
         with pytest.raises(GrowError, match="would have no effect"):
             growlib.plan(small, override)

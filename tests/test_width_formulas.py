@@ -42,7 +42,7 @@ def index_map(name, n, N, grown, source, axis="hidden"):
 
     Random copies are recognised by their values: `grown` [N, ..] and `source` [n, ..] hold a vector for each entry.
     """
-    if name in CIRCULAR or (name == "lossless" and "heads" in axis):
+    if name in CIRCULAR:
         return circular(n, N)
     if name in ("composable", "lossless"):
         return np.where(np.arange(N) < n, np.arange(N), -1)
@@ -60,7 +60,7 @@ def formula(name, n, N, g, axis):
     if name == "sparkling":
         scale = np.sqrt(n / (3 * N - 2 * n)) if 2 * n >= N else n / N
         return E, scale * E.T, 1.0
-    if name == "composable" or (name == "lossless" and "heads" not in axis):
+    if name in ("composable", "lossless"):
         E, C = padded(n, N, 1)
         root = np.sqrt(n / N) if axis == "hidden" else 1.0  # g sqrt(h / h')
         return E / root, C, root

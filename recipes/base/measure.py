@@ -2,14 +2,19 @@
 
 import gc
 import statistics
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from transformers import TrainerCallback
+
+from growlib.ki import fused
 
 Row = dict[str, float]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,3 +76,27 @@ def ratios(seconds: Mapping[str, list[float]]) -> dict[str, Row]:
         }
         for name, times in seconds.items()
     }
+
+
+class StepTimes(TrainerCallback):
+    """Seconds from the end of a step to the end of the next, the first two left out."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        synchronize()
+        self.ends.append(time.perf_counter())
+
+    @property
+    def median(self) -> float:
+        return statistics.median(np.diff(self.ends)[1:])
+
+
+def without_triton(form: Callable[[], Tensor]) -> Tensor:
+    """A loss by the kernel's twin in PyTorch; its backward pass has no kernel of growlib's in any case."""
+    fused.HAS_TRITON = False
+    try:
+        return form()
+    finally:
+        fused.HAS_TRITON = True
