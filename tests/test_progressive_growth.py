@@ -38,6 +38,7 @@ def facts_of(folder):
     return [json.loads(path.read_text()) for path in folder.glob("trainings/*/facts.json")]
 
 
+@pytest.mark.slow
 def test_each_training_costs_what_it_says(finished):
     results = read(finished)
     constant, of_target = results["constant"], results["constant"]["step_flops"]
@@ -60,6 +61,7 @@ def test_each_training_costs_what_it_says(finished):
                 assert cell["difference"]["mean"] == fmean(away)
 
 
+@pytest.mark.slow
 def test_the_model_grows_inside_the_run(finished):
     grown = [found for found in facts_of(finished) if "growths" in found["decided_by"]]
     assert len(grown) == 2 * 2 * 2  # ways, kinds, seeds
@@ -75,6 +77,7 @@ def test_the_model_grows_inside_the_run(finished):
     assert len(lasting) == 3 * 2  # constant, and each way that never grows
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_json_says(finished):
     results, report = read(finished), (finished / "progressive.md").read_text()
     assert as_markdown(table(results)) in report
@@ -85,6 +88,7 @@ def test_the_report_says_what_the_json_says(finished):
     assert (finished / "progressive.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_finished_trainings_are_kept(finished, preset):
     before = {path.name for path in finished.glob("trainings/*")}
     assert recipe.main(["--preset", preset, "--seeds", "1", "--rewarm", "0", "--out", str(finished)]) == 0
