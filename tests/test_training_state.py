@@ -314,6 +314,7 @@ def test_other_optimizers_are_refused_or_begin_anew(optim, keeps, tmp_path):
     assert on.seen[0][1] == pytest.approx(run.seen[3][1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on(tmp_path):
     """Under DDP: each process reads its own part of the text, and has its own random numbers."""
     script = Path(__file__).with_name("state_two_processes.py")
