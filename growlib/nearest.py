@@ -41,6 +41,8 @@ def nearest_exact(small_ckpt: Source | PreTrainedConfig, target_config: Target, 
     wanted = {
         key: value for key, value in after.items() if last_word(key) not in NO_FUNCTION and before.get(key) != value
     }
+    # Lists of layers follow the number of layers, which may become another one here.
+    wanted = {key: value for key, value in wanted.items() if not _is_longer(before.get(key), value)}
     found = {key: before[key] if _shrinks(before.get(key), value) else value for key, value in wanted.items()}
     tried: list[Fields] = []
     for _ in range(TURNS):
@@ -58,6 +60,10 @@ def nearest_exact(small_ckpt: Source | PreTrainedConfig, target_config: Target, 
 
 def _shrinks(old: Any, new: Any) -> bool:
     return type(old) is int and type(new) is int and new < old
+
+
+def _is_longer(old: Any, new: Any) -> bool:
+    return isinstance(old, list) and isinstance(new, list) and len(old) != len(new)
 
 
 def _planned(small_ckpt: Source | PreTrainedConfig, target: Mapping[str, Any], method: str | Method) -> Any:

@@ -30,7 +30,7 @@ from base.comparison import Prepared, describe, prepare, run_arm
 from base.library import method_named
 from base.ranking import MOMENTS, SCRATCH, rank_correlation, remarks, summary, table, write
 from base.reference import NAME, run_reference
-from base.report import as_text, mean_and_deviation
+from base.report import mean_and_deviation, show
 from base.setting import Setting
 from growlib import GrowError
 
@@ -146,10 +146,7 @@ def run(options: argparse.Namespace) -> None:
     results = compare(prepare(setting, folder, options.small, target))
     if PartialState().is_main_process:
         write(folder, results)
-    say("\n" + as_text(table(results)) + "\n")
-    for remark in remarks(results):
-        say(f"- {remark}")
-    say(f"\nWritten: {folder}/methods.json, methods.png, methods.md.")
+    show(folder, "methods", table(results), remarks(results))
 
 
 def main(arguments: list[str] | None = None) -> int:

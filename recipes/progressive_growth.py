@@ -37,7 +37,7 @@ from base.lab import Lab, fresh
 from base.library import method_named
 from base.models import model_row, size_fields
 from base.moments import NEVER, best_moment, middle, remarks, table, write
-from base.report import as_text
+from base.report import show
 from base.setting import Progressive, Setting
 from base.start import Fresh
 from base.trials import best_rate, lab_of, over_seeds, spent, step_flops
@@ -243,10 +243,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     results = {"command": command, "date": str(datetime.date.today())} | compare(prepare(setting, folder))
     if PartialState().is_main_process:
         write(folder, results)
-    say("\n" + as_text(table(results)) + "\n")
-    for remark in remarks(results):
-        say(f"- {remark}")
-    say(f"\nWritten: {folder}/progressive.json, progressive.png, progressive.md.")
+    show(folder, "progressive", table(results), remarks(results))
 
 
 def main(arguments: list[str] | None = None) -> int:

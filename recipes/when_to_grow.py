@@ -36,7 +36,7 @@ from base.job import Finished
 from base.lab import Lab, fresh
 from base.library import method_named
 from base.models import model_row, size_fields
-from base.report import as_text, mean_and_deviation
+from base.report import mean_and_deviation, show
 from base.setting import Setting, Sizes, When
 from base.shares import NEVER, best_share, grown_shares, middle_share, remarks, table, write
 from base.start import Fresh, Grown
@@ -252,10 +252,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     results = {"command": command, "date": str(datetime.date.today())} | compare(prepare(setting, folder))
     if PartialState().is_main_process:
         write(folder, results)
-    say("\n" + as_text(table(results)) + "\n")
-    for remark in remarks(results):
-        say(f"- {remark}")
-    say(f"\nWritten: {folder}/when.json, when.png, when.md.")
+    show(folder, "when", table(results), remarks(results))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -301,6 +301,7 @@ def test_a_wrong_table_of_ones_own_proves_nothing(table, tmp_path):
     [
         ("loom.toml", LOOM.replace("writers", "rwiters"), r"reading the table loom\.toml"),
         ("loom.toml", LOOM.replace('"rms_norm"', '"rms"'), "axis hidden has the role 'rms'"),
+        ("loom.toml", LOOM.replace('"rms_norm"', '"rms_norm", shared_by = "pit"'), "shared_by follows from groups"),
         ("loom.toml", "= 3", r"reading the table loom\.toml"),
         ("loom.txt", LOOM, r"there is no \.toml file"),
     ],

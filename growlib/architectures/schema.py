@@ -257,6 +257,9 @@ def read_table(path: Path) -> Architecture:
 def from_table(model_type: str, table: dict[str, Any], where: str) -> Architecture:
     """A table as plain data, as a Architecture. Raises GrowError for a key or a word that means nothing."""
     rows, proven = table.pop("config", {}), table.pop("proven", None)
+    for name, facts in table.get("axes", {}).items():
+        if facts.get("shared_by"):
+            raise GrowError(f"{where}, axis {name}", "shared_by follows from groups", "groups, of the query heads")
     try:
         made = Architecture(
             model_type=model_type,
@@ -287,7 +290,7 @@ def to_table(known: Architecture) -> dict[str, Any]:
         "embedding_power": known.embedding_power,
         "head_power": known.head_power,
         "stacks": [asdict(stack) for stack in known.stacks],
-        "axes": {name: asdict(axis) for name, axis in known.axes.items()},
+        "axes": {name: asdict(replace(axis, shared_by="")) for name, axis in known.axes.items()},
         "tensors": {row: layout_text(layout) for row, layout in known.tensors.items()},
         "ties": dict(known.ties),
         "config": {"free": sorted(known.free_fields), "follows": dict(known.follows)},

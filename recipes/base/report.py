@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from base.command import counted
+from base.command import counted, say
 from base.comparison import ARMS
 from base.flops import flops_saved
 from base.plots import draw_curves
@@ -188,6 +188,14 @@ def verdict_on_reference(scratch_loss: float, reference_loss: float) -> str:
     if scratch_loss <= reference_loss:
         return f"{how}, not below scratch's {scratch_loss:.3f}: scratch is what to beat. {what}"
     return f"SCRATCH IS NOT WHAT TO BEAT: it ends at {scratch_loss:.3f}. {how}. {what} Believe that one."
+
+
+def show(folder: Path, name: str, rows: list[tuple[str, ...]], said: list[str]) -> None:
+    """Print what a comparison left in NAME.json, NAME.png and NAME.md."""
+    say("\n" + as_text(rows) + "\n")
+    for remark in said:
+        say(f"- {remark}")
+    say(f"\nWritten: {folder}/{name}.json, {name}.png, {name}.md.")
 
 
 def write_report(folder: Path, results: Mapping[str, Any]) -> None:

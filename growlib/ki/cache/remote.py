@@ -46,6 +46,9 @@ def fetched(url: str) -> Path:
     Several processes of a machine share it; one of them fetches. Raises GrowError as `files_at`.
     """
     listed = files_at(url)
+    if not listed:
+        wrong = "there is no folder with files"
+        raise GrowError(f"reading the teacher's cache {url!r}", wrong, "a folder that growlib.cache_teacher wrote")
     folder = KEPT / hashlib.blake2b(f"{url} {sorted(listed.items())}".encode(), digest_size=16).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     system, root = fsspec.core.url_to_fs(url)
