@@ -72,8 +72,20 @@ def resolve(
     try:
         table.sizes(config)
     except (ValueError, ZeroDivisionError) as error:
-        raise GrowError(asked, str(error), "sizes that divide") from error
+        raise GrowError(asked, str(error), _dividing(source, config, table) or "sizes that divide") from error
     return config
+
+
+def _dividing(source: PreTrainedConfig, config: PreTrainedConfig, table: Architecture) -> str:
+    """The sizes next to those asked for with which each axis is a multiple of the one that shares it."""
+    for axis in table.axes.values():
+        if axis.groups and isinstance(size := value_of(config, axis.size), int):
+            shared = table.axes[axis.groups].size
+            part, least = value_of(config, shared), value_of(source, shared)
+            if isinstance(part, int) and part > 0 and size % part:
+                divisors = sorted((n for n in range(least, size + 1) if size % n == 0), key=lambda n: abs(n - part))
+                return " or ".join([*(f"{shared}={n}" for n in divisors[:1]), f"{axis.size}={size + -size % part}"])
+    return ""
 
 
 def scaled(source: PreTrainedConfig, table: Architecture, factors: Mapping[str, Any]) -> dict[str, int]:

@@ -208,7 +208,7 @@ def saved(tmp_path, layers):
         tiny_model(model_class, config, spread=0.3).save_pretrained(tmp_path / folder)
 
 
-@pytest.mark.parametrize("page", ["after", "growth", "inference", "mixtures", "own-method", "own-table"])
+@pytest.mark.parametrize("page", ["after", "growth", "inference", "mixtures", "own-method", "own-table", "ship"])
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, tables):
     """From top to bottom, at tiny sizes; console lines too. Files that a page shows stand in the working directory."""
     monkeypatch.chdir(tmp_path)

@@ -30,7 +30,11 @@ def folder(tmp_path_factory):
         ("llama", {"vocab_size": 60, "intermediate_size": 3}, "vocab_size 61 -> 60, intermediate_size 112 -> 3"),
         ("llama", {"hiden_size": 96}, "no field 'hiden_size'.*hidden_size"),
         ("llama", {"hidden_size": 100, "num_attention_heads": 6}, "Valid: hidden_size=102, or num_attention_heads=10"),
-        ("llama", {"num_attention_heads": 6, "num_key_value_heads": 4}, "not a multiple of num_key_value_heads=4"),
+        (
+            "llama",
+            {"num_attention_heads": 6, "num_key_value_heads": 4},
+            "Valid: num_key_value_heads=3 or num_attention_heads=8",
+        ),
         ("llama", {"head_dim": 13}, "Valid: (head_dim=14|sizes that divide)"),  # the second before transformers 5.23
         ("llama", {"hidden_size": "wide"}, "expected int"),
         ("llama", {"hidden_size": 0}, "hidden_size"),
