@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What wants a GPU, in parts: the tests marked gpu, the benchmarks, the arms of preset gpu.
+# What wants a GPU, in parts: the tests marked gpu, the benchmarks, the arms of the presets gpu and gpu-20.
 #
 #     recipes/on_gpu.sh OUT tests 300m 1b 8b-head small scratch weights knowledge both
+#     recipes/on_gpu.sh OUT small-20 scratch-20 weights-20 knowledge-20 both-20      # of preset gpu-20
 #
 # Hardware: one data-centre GPU. Seconds on one H100: tests 35. A benchmark begins no new round after 100 s; before it had
 # this limit, 300m took 140 (with more steps) and 1b over 150. Not measured: 8b-head, the arms (a compiled arm begins
@@ -12,12 +13,16 @@ cd "$(dirname "$0")/.."
 out=$(realpath -m "$1") && mkdir -p "$out"
 export PYTHONUNBUFFERED=1
 
+arms() { python recipes/ki_plus_growth.py --preset "$1" --out "$out/$1" --arms "$2"; }
+
 part() {
     case $1 in
         tests) python -m pytest -m gpu -q ;;
         300m | 1b | 8b-head) python recipes/bench_ki.py --sizes "$1" --limit 100 --out "$out/bench-$1.json" ;;
-        small) python recipes/ki_plus_growth.py --preset gpu --out "$out" --arms none ;;
-        *) python recipes/ki_plus_growth.py --preset gpu --out "$out" --arms "$1" ;;
+        small) arms gpu none ;;
+        small-20) arms gpu-20 none ;;
+        *-20) arms gpu-20 "${1%-20}" ;;
+        *) arms gpu "$1" ;;
     esac
 }
 

@@ -217,7 +217,7 @@ def test_every_preset_loads(name):
 
 def test_there_are_presets():
     of_demo = {"demo", "demo-little-data", "demo-long", "demo-teacher"}
-    assert set(presets()) == {*of_demo, "gpu", "methods", "miniature", "progressive", "when"}
+    assert set(presets()) == {*of_demo, "gpu", "gpu-20", "methods", "miniature", "progressive", "when"}
 
 
 @pytest.mark.parametrize(
