@@ -97,6 +97,7 @@ def source(plain):
 def test_each_form_grows_as_the_checkpoint_of_one_process(form, moments, plain, tmp_path):
     small = source(plain)
     as_fsdp(plain, tmp_path / "small", form, small)
+    (tmp_path / "small" / "__7_0.distcp").touch()  # of the old size, so that it stays behind
     plan = growlib.expand_training_checkpoint(plain, tmp_path / "plain", TARGET, moments=moments)
     known = {} if form == "FULL_STATE_DICT" else {"config": small.config}
     ours = growlib.expand_training_checkpoint(tmp_path / "small", tmp_path / "big", TARGET, moments=moments, **known)
@@ -115,6 +116,7 @@ def test_each_form_grows_as_the_checkpoint_of_one_process(form, moments, plain, 
     assert optimizer["param_groups"] == expected["param_groups"]
     assert (moments == "reset") != any(one["exp_avg"].any() for one in optimizer["state"].values())
     beside = {path.name for path in (tmp_path / "big").iterdir()}
+    assert "__7_0.distcp" not in beside
     assert {"config.json", "growlib.json", "README.md", "scheduler.pt", "rng_state.pth"} <= beside
     assert form == ONE_FOLDER or "trainer_state.json" in beside
 
@@ -305,6 +307,20 @@ def test_the_config_is_asked_for(plain, tmp_path):
     growlib.expand_training_checkpoint(tmp_path / "small", tmp_path / "by plan", plan)  # which knows it
     growlib.expand_training_checkpoint(tmp_path / "small", tmp_path / "by folder", TARGET, config=plain)
     same(source(tmp_path / "by folder").state_dict(), source(tmp_path / "by plan").state_dict())
+
+
+def test_a_mixture_begins_with_an_optimizer_that_torch_can_load(plain, tmp_path):
+    as_fsdp(plain, tmp_path / "small", "FULL_STATE_DICT", source(plain))
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    with pytest.raises(growlib.GrowError, match="no moments of experts are known"):
+        growlib.expand_training_checkpoint(tmp_path / "small", tmp_path / "big", experts)
+    growlib.expand_training_checkpoint(tmp_path / "small", tmp_path / "big", experts, moments="reset")
+    big, state = source(tmp_path / "big"), torch.load(tmp_path / "big" / "optimizer.bin")
+    decayed = set(T.Trainer.get_decay_parameter_names(None, big))
+    assert [set(group["params"]) == decayed for group in state["param_groups"]] == [True, False]
+    for name, parameter in big.named_parameters():
+        assert state["state"][name]["exp_avg"].shape == parameter.shape
+        assert not any(value.any() for value in state["state"][name].values())
 
 
 @pytest.mark.parametrize("layers", [1, 2])
