@@ -126,7 +126,7 @@ def _cache_options(command: Parser) -> None:
         "arguments",
         nargs="+",
         help="TEACHER: a checkpoint, or the address of a server; DATA: a .npy array of token ids, a .jsonl file, or "
-        "text; FILE: a .jsonl file of a server's answers",
+        "text; FILE: a .jsonl or .parquet file of a server's answers",
     )
     command.add_argument("--model", metavar="NAME", help="the server's name for the teacher")
     command.add_argument("--tokenizer", metavar="FOLDER", help="of a served teacher")

@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from growlib.errors import GrowError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf",
+           "*.distcp")  # fmt: skip
+METADATA = ".metadata"  # of a folder of torch.distributed.checkpoint
 REQUEST = ".request"  # in an unfinished folder: what it is for
 _active: set[Path] = set()  # the hidden folders that this process writes
 FLOATS = {"F64", "F32", "F16", "BF16"}

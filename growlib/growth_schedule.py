@@ -18,8 +18,9 @@ from growlib.growth import plan
 from growlib.growth_plan import GrowthPlan
 from growlib.moments import Policy
 from growlib.operators import Method
+from growlib.optimizer_state import Groups
 from growlib.training import EntryRates, Rewarm
-from growlib.training_checkpoint import Groups, expand_training_checkpoint
+from growlib.training_checkpoint import expand_training_checkpoint
 
 MakeTrainer = Callable[[PreTrainedModel], Trainer]
 

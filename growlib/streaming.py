@@ -93,19 +93,42 @@ def write_grown(
     except Unstreamable as reason:
         logger.warning("%s goes through a model in memory: %s", src, reason)
         job = None
-    room = sum(shard.size for shard in job.shards) if job else bytes_of(growth, wanted)
-    with new_folder(dst, room, _request(folder, growth, job)) as new:
+
+    def write(new: Path) -> None:
         _remove_unfinished(new, {shard.file for shard in job.shards} if job else set())
         if job:
             _write(new, job, Grown(growth, job.source, bool(exact)), progress)
         else:
             grown = expand(folder, growth, growth.method, seed=growth.seed, exact=exact or False, dtype=wanted)
             grown.save_pretrained(new, max_shard_size=largest)
+
+    room = sum(shard.size for shard in job.shards) if job else bytes_of(growth, wanted)
+    write_folder(src, dst, growth, write, check, room, _request(folder, growth, job))
+    return growth
+
+
+def write_folder(
+    src: str | Path,
+    dst: str | Path,
+    growth: GrowthPlan,
+    write: Callable[[Path], None],
+    check: Check | None = None,
+    room: int = 0,
+    request: str = "",
+) -> None:
+    """The folder of a grown checkpoint, as a whole or not at all: its weights, and all that stands beside them.
+
+    Args:
+        write: writes the weights and the config.
+        room, request: as for `new_folder`.
+    """
+    folder = folder_of(src)
+    with new_folder(dst, room, request) as new:
+        write(new)
         growth.save(new)
         copy_companions(folder, new, {growth.old_sizes["hidden"]: growth.new_sizes["hidden"]})
         measured = check(new) if check else ""
         (new / CARD).write_text(model_card(src, folder, growth, measured), encoding="utf-8")
-    return growth
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,42 @@ def test_answers_from_a_file(form, tmp_path):
     check(cache_served(AnswerFile(tmp_path / "answers.jsonl"), tmp_path / "cache", top_k=TOP_K, vocab=VOCAB))
 
 
+MAP = "map"
+
+
+@pytest.mark.parametrize("form", ["vllm", "sglang", "struct", MAP])
+def test_answers_from_a_parquet_file(form, tmp_path):
+    """As JSON texts, as pandas and datasets nest dicts (a struct of every id), and as a map."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [spoken(row, "sglang" if form == "sglang" else "vllm") for row in ROWS]
+    if form == "sglang":
+        columns = {"input_ids": ROWS, "labels": ROWS, "meta_info": [json.dumps(row["meta_info"]) for row in rows]}
+    else:
+        answers = [row["choices"][0]["prompt_logprobs"] for row in rows]
+        told = [json.dumps(one) for one in answers] if form == "vllm" else answers
+        if form == MAP:
+            kind = pa.map_(pa.string(), pa.struct({"logprob": pa.float64(), "decoded_token": pa.string()}))
+            pairs = [[None if one is None else list(one.items()) for one in answer] for answer in answers]
+            told = pa.array(pairs, pa.list_(kind))
+        columns = {"prompt_token_ids": ROWS, "prompt_logprobs": told}
+    parquet.write_table(pa.table(columns), tmp_path / "answers.parquet")
+    check(cache_served(AnswerFile(tmp_path / "answers.parquet"), tmp_path / "cache", top_k=TOP_K, vocab=VOCAB))
+
+
+def test_what_is_no_parquet_is_refused(tmp_path, monkeypatch):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "answers.parquet"
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(GrowError, match="no whole Parquet file"):
+        cache_served(AnswerFile(path), tmp_path / "cache", top_k=TOP_K, vocab=VOCAB)
+    parquet.write_table(pa.table({"prompt_logprobs": ["[]"]}), path)
+    with pytest.raises(GrowError, match=r"row 1: KeyError"):
+        cache_served(AnswerFile(path), tmp_path / "cache", top_k=TOP_K, vocab=VOCAB)
+    monkeypatch.setattr(served, "has_pyarrow", lambda: False)
+    with pytest.raises(GrowError, match="needs pyarrow, which is not installed"):
+        AnswerFile(path)
+
+
 def test_a_student_learns_from_what_was_served(stand, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ROWS))

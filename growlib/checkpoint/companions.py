@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from growlib.checkpoint.loading import logger
-from growlib.folders import INDEX, WEIGHTS
+from growlib.folders import INDEX, METADATA, WEIGHTS
 from growlib.growth_plan import FILE
 
 REWRITTEN = {"config.json", "generation_config.json", INDEX, FILE}  # by the growth itself
@@ -29,7 +29,7 @@ def copy_companions(source: Path, destination: Path, sizes: dict[int, int]) -> N
             continue
         if path.is_file() and not _is_weights(path) and not (destination / path.name).exists():
             shutil.copyfile(path, destination / path.name)
-        elif path.is_dir():
+        elif path.is_dir() and not (path / METADATA).is_file():  # torch.distributed's weights
             shutil.copytree(path, destination / path.name, ignore=None if path.name in modules else _weights_in)
     for name in sorted(modules):
         _follow(destination / name, sizes)

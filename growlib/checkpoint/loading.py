@@ -216,6 +216,26 @@ def empty_model(
     return model.to(like.device).eval()
 
 
+def filled_model(
+    asked: str, model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """A model of given values, which are not copied. Raises GrowError where they are not all of its."""
+    dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+    with no_init_weights():
+        model = model_class._from_config(copy.deepcopy(config), dtype=dtype)
+    model.tie_weights()
+    shapes, places = skeleton(model).shapes, model.state_dict()
+    valid = "the config of the model that was trained"
+    if lost := sorted(shapes.keys() - tensors.keys()) + sorted(tensors.keys() - places.keys()):
+        wrong = f"a {model_class.__name__} and the weights do not have the same tensors: {_some(lost)}"
+        raise GrowError(asked, wrong, valid)
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise GrowError(asked, f"{name} is {tuple(tensors[name].shape)}, by its config {shape}", valid)
+    fill(model, ((name, tensors[name]) for name in shapes))
+    return model.eval()
+
+
 @torch.no_grad()
 def fill(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Set a model's parameters and buffers by their names, in the dtype that the model has."""

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from growlib.ki.cache.answers import VALID, check_texts, distributions, targets_
 from growlib.ki.cache.batches import Batches
 from growlib.ki.cache.capture import write_cache
 from growlib.ki.cache.data import Examples, padded
+from growlib.ki.cache.parquet import has_pyarrow, parquet_rows
 from growlib.ki.cache.reader import TeacherCache
 from growlib.ki.cache.records import RecordFormat
 from growlib.ki.cache.shards import StoredExample
 
+ANSWERS = ("prompt_logprobs", "meta_info", "choices")  # what a server calls them
 ANSWER = "answer"  # the column of an example that holds what a server said
 AT_ONCE, TRIES, PAUSE = 16, 4, 0.5  # requests; of one request; seconds before the second, doubled each time
 PATIENCE = 600  # seconds for an answer
@@ -35,26 +38,38 @@ Ask = Callable[[list[int]], Any]
 
 
 class AnswerFile:
-    """The examples of a .jsonl file with a server's answers, read anew each time.
+    """The examples of a .jsonl or .parquet file with a server's answers, read anew each time.
 
-    A line has the token ids, `input_ids` or vLLM's `prompt_token_ids`, perhaps `labels`, and the answer: vLLM's
-    `prompt_logprobs` or SGLang's `meta_info`.
+    A line or row has the token ids, `input_ids` or vLLM's `prompt_token_ids`, perhaps `labels`, and the answer: vLLM's
+    `prompt_logprobs` or SGLang's `meta_info`. In Parquet the answer is a JSON text, or nested (lists, maps, structs).
+
+    Raises:
+        GrowError: there is no such file; or it is Parquet, and pyarrow is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._asked = f"reading answers from {str(path)!r}"
         if not self.path.is_file():
-            raise GrowError(f"reading answers from {str(path)!r}", "there is no such file", "a .jsonl file")
+            raise GrowError(self._asked, "there is no such file", "a .jsonl or .parquet file")
+        self._is_parquet = self.path.suffix == ".parquet"
+        if self._is_parquet and not has_pyarrow():
+            raise GrowError(self._asked, "Parquet needs pyarrow, which is not installed", "pip install pyarrow; .jsonl")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self._is_parquet:
+            for number, row in enumerate(parquet_rows(self._asked, self.path), 1):
+                yield self._example(f"{self._asked}, row {number}", partial(dict, row))
+            return
         with self.path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield self._example(f"reading answers from {str(self.path)!r}, line {number}", line)
+                    yield self._example(f"{self._asked}, line {number}", partial(json.loads, line))
 
-    def _example(self, asked: str, line: str) -> dict[str, Any]:
+    def _example(self, asked: str, read: Callable[[], Any]) -> dict[str, Any]:
         try:
-            row = json.loads(line)
+            row = read()
+            row |= {name: json.loads(row[name]) for name in ANSWERS if isinstance(row.get(name), str)}
             ids = row["input_ids"] if "input_ids" in row else row["prompt_token_ids"]
             if not (ids and all(type(token) is int and token >= 0 for token in ids)):
                 raise ValueError("its token ids are none")
