@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from growlib.architectures.schema import Architecture
+from growlib.architectures.schema import Architecture, Stack
 from growlib.checkpoint.loading import skeleton
 from growlib.inference import probe
 from growlib.inference.draft import (
@@ -37,15 +37,18 @@ MOST = 0.6  # of the channels: more than one of at least two heads
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def draft(model: PreTrainedModel) -> Architecture:
-    """The table of a tiny model's class. Raises GrowError where its parts cannot be told apart."""
+def draft(model: PreTrainedModel, known: tuple[Stack, ...] = ()) -> Architecture:
+    """The table of a tiny model's class. Raises GrowError where its parts cannot be told apart.
+
+    `known` are stacks of which it is known already what makes a block the identity.
+    """
     base = skeleton(model)
     others = builds(type(model), base)
     seen = probe.trace(model)
     stacks = stacks_of(base, others)
     widths = {n: t.shape[-1] for n, t in seen.inputs.items()}
     norms = {n: k for n, m in model.named_modules() if n in widths and (k := probe.norm_of(m, widths[n]))}
-    state = Draft(model, width_of(model, stacks, base.prefix, seen), stacks, seen, norms)
+    state = Draft(model, width_of(model, stacks, base.prefix, seen), stacks, seen, norms, known=known)
     state.sizes["hidden"] = state.hidden
     _linear_maps(state)
     _stack_norms(state)
@@ -133,7 +136,11 @@ def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> Non
 
 def _stack_norms(state: Draft) -> None:
     """For each stack, the last norm of a post-norm block and the ones before it."""
+    told = {stack.block: stack for stack in state.known}
     for index, stack in enumerate(state.stacks):
+        if stack.block in told:
+            state.stacks[index] = told[stack.block]
+            continue
         block = state.prefix + stack.block.replace("*.", "0.")
         inside = [norm for norm in state.norms if norm.startswith(block) and is_hidden(state, norm)]
         written = state.seen.outputs.get(block[:-1])

@@ -1,0 +1,61 @@
+"""How a stack gets deeper: what makes a new block the identity, where it may stand, and what its number decides."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from growlib.architectures.schema import Architecture, Stack
+from growlib.checkpoint.loading import skeleton
+from growlib.inference import probe
+from growlib.inference.identity import with_identity
+from growlib.inference.label import draft
+from growlib.inference.verifier import trial
+from growlib.parts import value_of
+
+
+def with_depth(table: Architecture, seen: PreTrainedModel, model: PreTrainedModel) -> Architecture:
+    """The table with stacks that get deeper exactly, where there is a way; the first one that a tiny model proves.
+
+    Args:
+        table: a draft of `seen`.
+        seen: the tiny model that is looked at.
+        model: another one of the same config, that is grown.
+    """
+    for layers in dict.fromkeys(stack.layers for stack in table.stacks):
+        deeper = {layers: 2 * value_of(model.config, layers)}
+        if trial(table, model, deeper).verdict.exact:
+            continue
+        for told, tried in _ways(table, layers, seen):
+            verdict = trial(tried, model, deeper).verdict
+            table = replace(table, candidates=(*table.candidates, (f"{layers}: {told}", verdict)))
+            if verdict.exact:
+                table = replace(tried, candidates=table.candidates)
+                break
+    return table
+
+
+def _ways(table: Architecture, layers: str, seen: PreTrainedModel) -> Iterator[tuple[str, Architecture]]:
+    """Tables that differ in one fact about a stack."""
+    yield from _placed(table, layers, "")
+    base = skeleton(seen)
+    widths = {n: t.shape[-1] for n, t in probe.trace(seen).inputs.items()}
+    modules = ((n, m) for n, m in seen.named_modules() if n in widths)
+    norms = {n: norm for n, m in modules if (norm := probe.norm_of(m, widths[n]))}
+    found = [s if s.layers != layers else with_identity(seen, base.prefix, s, norms) for s in table.stacks]
+    if all(stack is not None for stack in found) and found != list(table.stacks):
+        known = tuple(stack for stack in found if stack is not None)
+        again = replace(draft(seen, known), proven={}, candidates=table.candidates)
+        yield "the identity by zeros and ones", again
+        yield from _placed(again, layers, "the identity by zeros and ones, ")
+
+
+def _placed(table: Architecture, layers: str, told: str) -> Iterator[tuple[str, Architecture]]:
+    """New layers behind all old ones; branches that a class scales by the number of layers."""
+    yield f"{told}new layers behind all old ones", _with(table, layers, numbered=True)
+    yield f"{told}branches over sqrt(layers)", _with(table, layers, branch_power=-0.5)
+
+
+def _with(table: Architecture, layers: str, **facts: bool | float) -> Architecture:
+    stacks: list[Stack] = [replace(s, **facts) if s.layers == layers else s for s in table.stacks]  # type: ignore[arg-type]
+    return replace(table, stacks=tuple(stacks))
