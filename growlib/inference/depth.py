@@ -38,16 +38,37 @@ def with_depth(table: Architecture, seen: PreTrainedModel, model: PreTrainedMode
 def _ways(table: Architecture, layers: str, seen: PreTrainedModel) -> Iterator[tuple[str, Architecture]]:
     """Tables that differ in one fact about a stack."""
     yield from _placed(table, layers, "")
-    base = skeleton(seen)
-    widths = {n: t.shape[-1] for n, t in probe.trace(seen).inputs.items()}
+    base, trace = skeleton(seen), probe.trace(seen)
+    widths = {n: t.shape[-1] for n, t in trace.inputs.items()}
     modules = ((n, m) for n, m in seen.named_modules() if n in widths)
     norms = {n: norm for n, m in modules if (norm := probe.norm_of(m, widths[n]))}
-    found = [s if s.layers != layers else with_identity(seen, base.prefix, s, norms) for s in table.stacks]
-    if all(stack is not None for stack in found) and found != list(table.stacks):
-        known = tuple(stack for stack in found if stack is not None)
-        again = replace(draft(seen, known), proven={}, candidates=table.candidates)
-        yield "the identity by zeros and ones", again
-        yield from _placed(again, layers, "the identity by zeros and ones, ")
+    for told, known in (
+        (
+            "norms in lists of their own",
+            _norm_lists(table, layers, base.prefix, [n for n in trace.outputs if n in norms]),
+        ),
+        ("the identity by zeros and ones", _found(table, layers, seen, base.prefix, norms)),
+    ):
+        if known:
+            again = replace(draft(seen, known), proven={}, candidates=table.candidates)
+            yield told, again
+            yield from _placed(again, layers, f"{told}, ")
+
+
+def _norm_lists(table: Architecture, layers: str, prefix: str, norms: list[str]) -> tuple[Stack, ...]:
+    """Lists of norms beside those of what writes the stream, in the order of their use: the last ends a layer."""
+    first = {prefix + stack.block.replace("*.", "0"): stack for stack in table.stacks if stack.layers == layers}
+    lists = [first[name] for name in norms if name in first]
+    return (*(replace(s, inner_norms=(".",)) for s in lists[:-1]), *(replace(s, last_norm=".") for s in lists[-1:]))
+
+
+def _found(
+    table: Architecture, layers: str, seen: PreTrainedModel, prefix: str, norms: dict[str, probe.Norm]
+) -> tuple[Stack, ...]:
+    """The stacks with what calling a block shows to make it the identity; none where that is nothing new."""
+    found = [with_identity(seen, prefix, stack, norms) for stack in table.stacks if stack.layers == layers]
+    known = tuple(stack for stack in found if stack is not None)
+    return known if len(known) == len(found) and not set(known) <= set(table.stacks) else ()
 
 
 def _placed(table: Architecture, layers: str, told: str) -> Iterator[tuple[str, Architecture]]:

@@ -56,7 +56,10 @@ def with_identity(model: PreTrainedModel, prefix: str, stack: Stack, norms: dict
     for name, call in calls.items():
         own = {n.removeprefix(name + "."): norm for n, norm in norms.items() if n.startswith(name + ".")}
         values = {n.removeprefix(name + "."): v for n, v in fresh.items() if n.startswith(name + ".")}
-        facts = _Block(call, own, values).facts()
+        try:
+            facts = _Block(call, own, values).facts()
+        except Exception:  # whatever a class of transformers raises: a block that cannot be called again
+            return None
         if facts is None:
             return None
         found.append(replace(stack, **facts))
@@ -79,20 +82,23 @@ def _calls(model: PreTrainedModel, prefix: str, stack: Stack) -> dict[str, Call]
             kinds.setdefault(frozenset(n for n, _ in module.named_parameters()), name)
     calls: dict[str, Call] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def noting(name: str, module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
             calls.setdefault(name, Call(module, args, kwargs))
+            return forward(*args, **kwargs)
 
-        return hook
+        return noted
 
-    handles = [
-        model.get_submodule(n).register_forward_pre_hook(keep(n), with_kwargs=True) for n in kinds.values()
-    ]
+    blocks = {name: model.get_submodule(name) for name in kinds.values()}
+    for name, block in blocks.items():
+        block.forward = noting(name, block)  # some classes call it without hooks
     try:
         model(**every_input(model)[0])
     finally:
-        for handle in handles:
-            handle.remove()
+        for block in blocks.values():
+            del block.forward
     return calls
 
 
@@ -100,8 +106,10 @@ def _initial(model: PreTrainedModel) -> dict[str, float | None]:
     """What the class sets each vector to at first, where it is the same zero or one everywhere."""
     torch.manual_seed(0)
     fresh = type(model)._from_config(model.config, attn_implementation="eager")
-    values = {n: p.flatten()[:1].item() if p.numel() and bool((p == p.flatten()[0]).all()) else None
-              for n, p in fresh.named_parameters()}
+    values = {
+        n: p.flatten()[:1].item() if p.numel() and bool((p == p.flatten()[0]).all()) else None
+        for n, p in fresh.named_parameters()
+    }
     return {n: value if value in (0.0, 1.0) else None for n, value in values.items()}
 
 
@@ -162,7 +170,9 @@ class _Block:
             owners[_owner(name)].append(name)
         found = {}
         for owner, names in owners.items():
-            first = sorted(-1.0 if self.parameters[n].ndim > 1 or self.initial.get(n) is None else self.initial[n] for n in names)
+            first = sorted(
+                -1.0 if self.parameters[n].ndim > 1 or self.initial.get(n) is None else self.initial[n] for n in names
+            )
             if owner and first in ([1.0], [0.0, 1.0]):
                 scale = next(n for n in names if self.initial[n] == 1.0)
                 found[owner] = Norm(centred=len(names) > 1, scale=scale.rpartition(".")[2])
@@ -199,8 +209,12 @@ class _Block:
         for owner in owners:
             names = [n for n in self.parameters if _owner(n) == owner]
             offset = self.norms[owner].offset
-            twice = {n: 2 * (self.kept[n] + offset) - offset if n == f"{owner}.{self.norms[owner].scale}"
-                     else 2 * self.kept[n] for n in names}
+            twice = {
+                n: 2 * (self.kept[n] + offset) - offset
+                if n == f"{owner}.{self.norms[owner].scale}"
+                else 2 * self.kept[n]
+                for n in names
+            }
             with self._set(twice):
                 if _close(self.call(self.call.stream), 2 * plain):
                     return owner

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from growlib.config import DERIVED_FIELDS
 from growlib.errors import GrowError
 from growlib.inference import tiny_parts
+from growlib.inference.tiny_layers import few_layers, layer_counts, with_all_kinds
 from growlib.media import media_in, wanted
 from growlib.outputs import every_input, outputs
 from growlib.parts import parts_of, rebuilt, text_of, text_part
@@ -38,6 +39,7 @@ SIZES = {
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
 SCANNED = {"num_heads": 4, "head_dim": 32, "mamba_n_heads": 8, "mamba_d_head": 16}
+LAYERS = tuple(SIZES[3].split())
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 REPORTING = ("return_dict", "output_attentions", "output_hidden_states", "use_cache")  # not what is computed
 LARGEST = 3_000_000  # parameters of a model that is still tiny
@@ -55,6 +57,7 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
             small = rebuilt(config, fields)
             with torch.device("meta"):
                 count = sum(p.numel() for p in model_class(copy.deepcopy(small)).parameters())
+            small = with_all_kinds(model_class, small, LAYERS)
             if count <= LARGEST:
                 model = tiny_model(model_class, small)
                 inputs = every_input(model)
@@ -82,7 +85,7 @@ def _small_fields(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     text = text_part(config)
     own = text_of(config)
     before = {**own.to_dict()}
-    fields = _small(before)
+    fields = _small(before, layer_counts(own, LAYERS))
     for more in _variants(fields, bool(parts_of(config))):
         small = {**fields, **more}
         if not parts_of(config):
@@ -125,32 +128,23 @@ def _variants(fields: Mapping[str, Any], parts: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _small(before: Mapping[str, Any]) -> dict[str, Any]:
+def _small(before: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, Any]:
     fields = {name: value for name, value in before.items() if name not in DERIVED_FIELDS}
     fields |= {name: name == "return_dict" for name in REPORTING if name in fields}
-    old_layers = {fields[n] for n in SIZES[3].split() if isinstance(fields.get(n), int)}
+    few_layers(fields, LAYERS, counts)
     wide = {fields[n] for n in SIZES[64].split() if isinstance(fields.get(n), int)}
     for name, value in list(fields.items()):
         if isinstance(value, bool) or name.startswith("_"):
             continue
         if isinstance(value, int) and SIZE_OF.get(name) == 48 and value in wide:
             fields[name] = 64  # a field that says the hidden size again goes on to do so
-        elif isinstance(value, int) and name in SIZE_OF:
+        elif isinstance(value, int) and SIZE_OF.get(name, 3) != 3:
             fields[name] = min(value, SIZE_OF[name]) if SIZE_OF[name] < 4 else SIZE_OF[name]
-        elif isinstance(value, list) and len(value) in old_layers and len(value) > 3:
-            fields[name] = _few_of(value)
         elif name.endswith("_token_id") and value is not None:
             fields[name] = 0
     if "qk_rope_head_dim" in fields and "head_dim" in fields:
         fields["head_dim"] = fields["qk_rope_head_dim"]  # latent attention calls its rotated share so
     return fields
-
-
-def _few_of(per_layer: list[Any]) -> list[Any]:
-    """Three of a per-layer list, with all of its kinds where three suffice."""
-    kinds = list(dict.fromkeys(map(str, per_layer)))
-    few = [next(v for v in per_layer if str(v) == kind) for kind in kinds[:3]]
-    return few + [per_layer[0]] * (3 - len(few))
 
 
 def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, spread: float = 0.1) -> PreTrainedModel:
