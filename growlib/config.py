@@ -142,6 +142,9 @@ def _override(
 ) -> PreTrainedConfig:
     fields = flat(source)
     overrides = {key: value for key, value in overrides.items() if key not in ("dtype", "torch_dtype")}  # the plan's
+    overrides = _settled(source, fields, overrides)
+    derived = {layers: count for layers, count in table.layer_counts(source).items() if layers not in fields}
+    fields |= derived  # a number of layers that the config counts in a list
     named = [known_name(source, key) for key in overrides]
     for key, known in zip(overrides, named, strict=True):
         if last_word(known) in OWN_FIELDS and overrides[key] != fields.get(known):
@@ -170,6 +173,21 @@ def _override(
         return rebuilt(source, fields)
     except _INVALID as error:
         raise GrowError(asked, _cause(error), _valid_sizes(source, fields, named)) from error
+
+
+def _settled(source: PreTrainedConfig, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides, those of what a config derives from its fields as the fields that setting it changes."""
+    made: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if key not in fields and isinstance(getattr(type(source), key, None), property):
+            config = copy.deepcopy(source)
+            setattr(config, key, value)
+            moved = {name: new for name, new in flat(config).items() if fields.get(name) != new}
+            if getattr(config, key) == value and moved:
+                made |= moved
+                continue
+        made[key] = value
+    return made
 
 
 def _no_field(

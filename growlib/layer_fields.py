@@ -1,4 +1,4 @@
-"""What a config says about its layers one by one: lists, dicts by number, numbers of layers, and counts up to a place."""
+"""What a config says about its layers one by one: lists, dicts by number, numbers of layers, counts up to a place."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence

@@ -170,9 +170,8 @@ class _Block:
             owners[_owner(name)].append(name)
         found = {}
         for owner, names in owners.items():
-            first = sorted(
-                -1.0 if self.parameters[n].ndim > 1 or self.initial.get(n) is None else self.initial[n] for n in names
-            )
+            values = [None if self.parameters[n].ndim > 1 else self.initial.get(n) for n in names]
+            first = sorted(-1.0 if value is None else value for value in values)
             if owner and first in ([1.0], [0.0, 1.0]):
                 scale = next(n for n in names if self.initial[n] == 1.0)
                 found[owner] = Norm(centred=len(names) > 1, scale=scale.rpartition(".")[2])
@@ -253,7 +252,8 @@ def _order_of_use(call: Call) -> dict[str, int]:
 
 def _modules(names: Iterable[str], parameters: Iterable[str]) -> tuple[str, ...]:
     """The names, those of all parameters of a module as the module."""
-    found, whole = set(names), {}
+    found: set[str] = set(names)
+    whole: dict[str, None] = {}
     for name in names:
         owner = _owner(name)
         all_of_it = owner and {n for n in parameters if _owner(n) == owner} <= found

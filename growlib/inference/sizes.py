@@ -11,7 +11,8 @@ from growlib.architectures.schema import size_of
 from growlib.checkpoint.loading import skeleton_of
 from growlib.config import DERIVED_FIELDS, LayerSources
 from growlib.growth_plan import Skeleton
-from growlib.inference.tiny import SIZE_OF, same_width
+from growlib.inference.tiny import LAYERS, SIZE_OF, same_width
+from growlib.inference.tiny_layers import layer_counts
 from growlib.layer_fields import follow_layers
 from growlib.layouts import Layout
 from growlib.media import PLACEHOLDER
@@ -43,7 +44,9 @@ def builds(model_class: type[PreTrainedModel], base: Skeleton) -> list[Build]:
     """One for each config field that changes the class's shapes when it is doubled, or set where it is None."""
     built_with = []
     links = same_width(base.config)
-    for name, value in flat(base.config).items():
+    fields = flat(base.config)
+    derived = {name: count for name, count in layer_counts(base.config, LAYERS).items() if name not in fields}
+    for name, value in {**derived, **fields}.items():
         if part_in(name) not in ("", text_part(base.config)) or name in links:
             continue
         if isinstance(value, bool) or PLACEHOLDER.search(name) or not (value is None or isinstance(value, int)):

@@ -1,15 +1,16 @@
 """The layers of a tiny model: few, and of every kind that its class and its config know."""
 
+import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.checkpoint.loading import skeleton_of
 from growlib.growth_plan import Skeleton
-from growlib.layer_fields import followed, kinds_said
+from growlib.layer_fields import followed, is_by_number, kinds_said
 from growlib.parts import flat, rebuilt, text_part, value_of
 
 FEW, MOST = 3, 8  # layers of one kind, and kinds
@@ -23,18 +24,45 @@ def layer_counts(config: PreTrainedConfig, names: Sequence[str]) -> dict[str, in
     return {name: count for name, count in counts.items() if type(count) is int}
 
 
-def few_layers(fields: dict[str, Any], names: Sequence[str], counts: Mapping[str, int]) -> None:
-    """Leave a layer of each kind that the fields tell apart, in their order, and three at least."""
+def few_layers(fields: dict[str, Any], names: Sequence[str], counts: Mapping[str, int], of_each: int) -> None:
+    """Leave a layer of each kind that the fields tell apart, or several of each, in their order, and three at least."""
     for name, count in counts.items():
-        first: dict[tuple[str, ...], int] = {}
+        kinds: dict[tuple[str, ...], list[int]] = {}
         for layer, kind in enumerate(kinds_said(fields, count)):
-            first.setdefault(kind, layer)
-        chosen = list(first.values())[:MOST]
+            kinds.setdefault(kind, []).append(layer)
+        several = of_each if len(kinds) > 1 else 1
+        chosen = [layer for alike in list(kinds.values())[:MOST] for layer in alike[:several]]
         wanted = min(count, max(FEW, len(chosen) + (len(chosen) in MISLEADING)))
         layers = sorted([*chosen, *[chosen[0]] * (wanted - len(chosen))]) if chosen else []
         fields |= {key: value for key, value in followed(fields, count, layers).items() if key not in names}
         if name in fields:
             fields[name] = len(layers)
+
+
+def small_by_number(fields: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of single layers, such as a larger head_dim, made as much larger than what is said of all."""
+    return fields | {
+        key: {
+            number: {name: _in_proportion(v, before.get(name), fields.get(name)) for name, v in said.items()}
+            for number, said in value.items()
+        }
+        for key, value in fields.items()
+        if is_by_number(value, PERIOD)
+    }
+
+
+def _in_proportion(value: Any, old: Any, new: Any) -> Any:
+    sizes = all(type(v) is int and v > 0 for v in (value, old, new))
+    return max(value * new // old, 1) if sizes else value
+
+
+def without_derived(
+    config: PreTrainedConfig, fields: Mapping[str, Any], known: Collection[str]
+) -> dict[str, Any]:
+    """The fields, less the sizes that the class derives from others where they are not given."""
+    given = {field.name: field.default for field in dataclasses.fields(type(config))}
+    derived = {n for n, v in fields.items() if type(v) is int and n not in known and given.get(n) is None}
+    return {name: value for name, value in fields.items() if name not in derived}
 
 
 def with_all_kinds(
