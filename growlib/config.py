@@ -21,6 +21,7 @@ _INVALID = (StrictDataclassError, OSError, ValueError, TypeError, KeyError)
 # Fields that say whose config it is, and those that a config derives from its layers.
 OWN_FIELDS = frozenset({"model_type", "architectures", "transformers_version", "dtype", "_name_or_path"})
 DERIVED_FIELDS = frozenset({"stage_names", "out_features", "out_indices"})
+ALL_LAYERS = "num_hidden_layers"
 # Fields that do not change what a model computes in eval mode (dropout aside).
 NO_FUNCTION = OWN_FIELDS | {
     *("problem_type", "id2label", "label2id", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
@@ -142,9 +143,12 @@ def _override(
 ) -> PreTrainedConfig:
     fields = flat(source)
     overrides = {key: value for key, value in overrides.items() if key not in ("dtype", "torch_dtype")}  # the plan's
-    overrides = _settled(source, fields, overrides)
+    overrides = settled(source, overrides)
     derived = {layers: count for layers, count in table.layer_counts(source).items() if layers not in fields}
     fields |= derived  # a number of layers that the config counts in a list
+    if type(overrides.get(ALL_LAYERS)) is int and ALL_LAYERS not in table.layer_counts(source):
+        same = value_of(source, ALL_LAYERS)  # a second field that says how many layers there are
+        overrides |= {n: overrides[ALL_LAYERS] for n, count in table.layer_counts(source).items() if count == same}
     named = [known_name(source, key) for key in overrides]
     for key, known in zip(overrides, named, strict=True):
         if last_word(known) in OWN_FIELDS and overrides[key] != fields.get(known):
@@ -175,9 +179,10 @@ def _override(
         raise GrowError(asked, _cause(error), _valid_sizes(source, fields, named)) from error
 
 
-def _settled(source: PreTrainedConfig, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def settled(source: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The overrides, those of what a config derives from its fields as the fields that setting it changes."""
     made: dict[str, Any] = {}
+    fields = flat(source)
     for key, value in overrides.items():
         if key not in fields and isinstance(getattr(type(source), key, None), property):
             config = copy.deepcopy(source)

@@ -12,6 +12,7 @@ FROM_THE_START = frozenset({"max_window_layers", "first_k_dense_replace", "num_d
 TO_THE_END = frozenset({"num_kv_shared_layers"})
 # Of these, what says which layers have other tensors stays: the planner gives each place a layer of its kind.
 _STAYS = frozenset({"first_k_dense_replace", "num_dense_layers"})
+_STAGES = frozenset({"out_features", "out_indices"})
 # Names of fields that list layers by their numbers. A list of flags, such as no_rope_layers, is none.
 _NUMBERS = re.compile(r"idx|ind(ices|exes)|(?<!rope)_layers$|layer_ids")
 
@@ -37,7 +38,9 @@ def followed(own: Mapping[str, Any], old: int, layers: Sequence[int]) -> dict[st
     made: dict[str, Any] = {}
     for key, value in own.items():
         name = last_word(key)
-        if lists_numbers(name, value, old):
+        if name in _STAGES:
+            made[key] = _stages(value, old, layers)
+        elif lists_numbers(name, value, old):
             made[key] = [new for new, layer in enumerate(layers) if layer in value]
         elif isinstance(value, list | tuple) and len(value) == old:
             made[key] = [value[layer] for layer in layers]
@@ -52,11 +55,24 @@ def followed(own: Mapping[str, Any], old: int, layers: Sequence[int]) -> dict[st
     return made
 
 
+def _stages(value: Any, old: int, layers: Sequence[int]) -> Any:
+    """What names the outputs of layers: 0 is the first one's input, `stage4` and 4 the output of the fourth."""
+
+    def moved(stage: Any) -> Any:
+        name, number = ("stage", stage[5:]) if isinstance(stage, str) and stage.startswith("stage") else ("", stage)
+        if not str(number).isdigit() or not 0 < int(number) <= old:
+            return stage
+        new = len(layers) if int(number) == old else layers.index(int(number) - 1) + 1
+        return f"{name}{new}" if name else new
+
+    return [moved(stage) for stage in value] if isinstance(value, list | tuple) else value
+
+
 def kinds_said(own: Mapping[str, Any], count: int) -> list[tuple[str, ...]]:
     """What the fields of a part of a config say about each of its `count` layers."""
     said: list[list[str]] = [[] for _ in range(count)]
     for key, value in ((last_word(name), value) for name, value in own.items()):
-        for layer, facts in enumerate(said):
+        for layer, facts in enumerate(said if key not in _STAGES else []):
             if lists_numbers(key, value, count):
                 facts.append(f"{key}: {layer in value}")
             elif isinstance(value, list | tuple) and len(value) == count:

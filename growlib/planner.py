@@ -237,7 +237,10 @@ def _tensors(request: Request, maps: Maps, layers: Layers) -> Iterator[TensorPla
         names = [origin, *(n for pair in table.ties.items() if origin in pair for n in pair)]
         taken = next((full for base in names if (full := source.find(base))), None)
         if taken is None and not row.endswith(".bias"):
-            raise GrowError(request.asked, f"the source has no tensor for {name}", "a class with the source's tensors")
+            if not (stack and layers[stack.layers].identity[layer]):
+                wrong = f"the source has no tensor for {name}"
+                raise GrowError(request.asked, wrong, "a class with the source's tensors")
+            constant, more = _first_values(row, layout, constant)
         looked_up = layout and layout[0].parts == (("vocab",),) and layout[0].side == "read"
         factor = embedding if looked_up else 1.0
         if stack and _stands_in(row.removeprefix(stack.block), stack.writers):
@@ -247,6 +250,13 @@ def _tensors(request: Request, maps: Maps, layers: Layers) -> Iterator[TensorPla
             factor = head * (maps[axis].tied_gain / embedding if axis in tied and axis in maps else 1.0)
         old_shape = source.shapes[taken] if taken else _shape(layout, request.old, new_shape)
         yield TensorPlan(name, taken, layout, old_shape, new_shape, constant, factor, **more)
+
+
+def _first_values(row: str, layout: Layout, constant: float | None) -> tuple[float | None, dict[str, Any]]:
+    """What a tensor of a new block starts with that no layer of the source has: drawn; a vector is one or zero."""
+    if len(layout) > 1 or constant is not None:
+        return constant, {"noise": 1.0 if constant is None else 0.0, "added": True}
+    return (0.0 if layout[0].side == "shift" or not row.endswith("weight") else 1.0), {"added": True}
 
 
 def _check_known(request: Request) -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from growlib.architectures.schema import Architecture, Stack
 from growlib.checkpoint.loading import skeleton
 from growlib.inference import probe
-from growlib.inference.identity import with_identity
+from growlib.inference.identity import pruned, with_identity
 from growlib.inference.label import draft
 from growlib.inference.verifier import trial
 from growlib.parts import value_of
@@ -25,6 +25,7 @@ def with_depth(table: Architecture, seen: PreTrainedModel, model: PreTrainedMode
     for layers in dict.fromkeys(stack.layers for stack in table.stacks):
         deeper = {layers: 2 * value_of(model.config, layers)}
         if trial(table, model, deeper).verdict.exact:
+            table = _pruned(table, layers, seen)
             continue
         for told, tried in _ways(table, layers, seen):
             verdict = trial(tried, model, deeper).verdict
@@ -33,6 +34,17 @@ def with_depth(table: Architecture, seen: PreTrainedModel, model: PreTrainedMode
                 table = replace(tried, candidates=table.candidates)
                 break
     return table
+
+
+def _pruned(table: Architecture, layers: str, seen: PreTrainedModel) -> Architecture:
+    """The table with as few writers as it takes, where blocks have more than the usual two or three."""
+    prefix = skeleton(seen).prefix
+
+    def fewer(stack: Stack) -> Stack:
+        many = stack.layers == layers and not stack.last_norm and len(stack.writers) > 2
+        return pruned(seen, prefix, stack) if many else stack
+
+    return replace(table, stacks=tuple(fewer(stack) for stack in table.stacks))
 
 
 def _ways(table: Architecture, layers: str, seen: PreTrainedModel) -> Iterator[tuple[str, Architecture]]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,6 +70,23 @@ def with_identity(model: PreTrainedModel, prefix: str, stack: Stack, norms: dict
         writers=tuple(dict.fromkeys(name for each in found for name in each.writers)),
         inner_norms=tuple(dict.fromkeys(name for each in found for name in each.inner_norms)),
     )
+
+
+def pruned(model: PreTrainedModel, prefix: str, stack: Stack) -> Stack:
+    """The stack without writers that write into other writers alone: a path of zeros learns nothing.
+
+    A writer stays if a block of any kind needs it, or none of those that were called has it.
+    """
+    needed: set[str] = set()
+    seen: set[str] = set()
+    for call in _calls(model, prefix, stack).values():
+        block = _Block(call, {}, {})
+        seen |= {w for w in stack.writers if any(w in (n, _owner(n)) for n in block.parameters)}
+        try:
+            needed |= set(block.pruned(stack.writers))
+        except Exception:  # whatever a class of transformers raises: a block that cannot be called again
+            return stack
+    return replace(stack, writers=tuple(w for w in stack.writers if w in needed or w not in seen))
 
 
 @torch.no_grad()
@@ -155,13 +172,33 @@ class _Block:
             ({**self.matrices, **unknown}, self._is_identity),
             ({**self.matrices, **self.norm_values}, self._is_norm),
         ):
-            if (fewest := self._fewest(made, holds)) is not None:
+            if (fewest := self._fewest(made, holds)) is not None and self._always(fewest, holds):
                 last = self._last_norm(fewest) if holds == self._is_norm else ""
                 zero = [n for n, value in fewest.items() if value == 0.0 and _owner(n) not in self.norms]
                 one = _modules([n for n in fewest if n not in zero], self.parameters)
                 inner = tuple(module for module in one if module != last)
                 return {"writers": _modules(zero, self.parameters), "inner_norms": inner, "last_norm": last}
         return None
+
+    def _always(self, made: dict[str, float], holds: Callable[[], bool]) -> bool:
+        """Whether it holds under other buffers too, such as the bias that balances experts, which training moves."""
+        buffers = [b for b in self.call.block.buffers() if b.ndim == 1 and b.is_floating_point()]
+        kept = [buffer.clone() for buffer in buffers]
+        generator = torch.Generator().manual_seed(0)
+        try:
+            for buffer in buffers:
+                buffer += torch.randn(buffer.shape, generator=generator)
+            with self._set(made):
+                return holds()
+        finally:
+            for buffer, values in zip(buffers, kept, strict=True):
+                buffer.copy_(values)
+
+    def pruned(self, writers: Sequence[str]) -> list[str]:
+        """Those writers that make the block the identity by themselves: what writes into another one learns."""
+        made = {n: 0.0 for n in self.parameters if n in writers or _owner(n) in writers}
+        fewest = self._fewest(made, self._is_identity)
+        return list(writers) if fewest is None else [w for w in writers if any(w in (n, _owner(n)) for n in fewest)]
 
     def _like_norms(self) -> dict[str, Norm]:
         """Modules of a weight that is one at first, and a bias of zero."""

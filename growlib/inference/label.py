@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from growlib.architectures.schema import Architecture, Stack
 from growlib.checkpoint.loading import skeleton
+from growlib.growth_plan import Skeleton
 from growlib.inference import probe
 from growlib.inference.draft import (
     FIXED,
@@ -27,11 +28,11 @@ from growlib.inference.draft import (
     writes_unit,
 )
 from growlib.inference.rows import Unresolved, read_rows
-from growlib.inference.sizes import builds
+from growlib.inference.sizes import Build, builds
 from growlib.inference.table import table_of
 from growlib.layouts import Dim, Layout
 from growlib.outputs import vocabulary
-from growlib.parts import flat
+from growlib.parts import flat, value_of
 
 MOST = 0.6  # of the channels: more than one of at least two heads
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -67,7 +68,30 @@ def draft(model: PreTrainedModel, known: tuple[Stack, ...] = ()) -> Architecture
     for name in base.shapes:  # buffers that are saved
         row = state.row_of(base.base(name))
         state.rows.setdefault(row, tuple(_dim(state, size, "write") for size in base.shapes[name]))
+    _of_each_layer(state, base, others)
     return table_of(state, base, others)
+
+
+def _of_each_layer(state: Draft, base: Skeleton, others: list[Build]) -> None:
+    """Dimensions outside the layers that hold as many entries of each, side by side."""
+    counts = {stack.layers: value_of(base.config, stack.layers) for stack in state.stacks}
+    for build in others:
+        old, new = counts.get(build.field), value_of(build.skeleton.config, build.field)
+        for name, shape in base.shapes.items():
+            row, longer = state.row_of(base.base(name)), build.skeleton.shapes.get(name, shape)
+            if old is None or "*" in row or len(shape) != len(longer):
+                continue
+            layout = list(state.rows[row])
+            for i, (before, after) in enumerate(zip(shape, longer, strict=True)):
+                if (
+                    before != after
+                    and before % old == 0
+                    and after == before // old * new
+                    and layout[i].parts == FIXED.parts
+                ):
+                    axes = state.axis("layers", old, "layers", ""), state.axis("of_each", before // old, "", "")
+                    layout[i] = replace(layout[i], parts=(axes,))
+            state.rows[row] = tuple(layout)
 
 
 def _linear_maps(state: Draft) -> None:

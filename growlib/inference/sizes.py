@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.architectures.schema import size_of
 from growlib.checkpoint.loading import skeleton_of
-from growlib.config import DERIVED_FIELDS, LayerSources
+from growlib.config import DERIVED_FIELDS, LayerSources, settled
 from growlib.growth_plan import Skeleton
 from growlib.inference.tiny import LAYERS, SIZE_OF, same_width
 from growlib.inference.tiny_layers import layer_counts
@@ -45,8 +45,9 @@ def builds(model_class: type[PreTrainedModel], base: Skeleton) -> list[Build]:
     built_with = []
     links = same_width(base.config)
     fields = flat(base.config)
-    derived = {name: count for name, count in layer_counts(base.config, LAYERS).items() if name not in fields}
-    for name, value in {**derived, **fields}.items():
+    counted = {name: count for name, count in layer_counts(base.config, LAYERS).items() if name not in fields}
+    listed = {name: 2 * count for name, count in counted.items() if name in settled(base.config, {name: 2 * count})}
+    for name, value in {**{name: counted[name] for name in listed}, **fields}.items():
         if part_in(name) not in ("", text_part(base.config)) or name in links:
             continue
         if isinstance(value, bool) or PLACEHOLDER.search(name) or not (value is None or isinstance(value, int)):

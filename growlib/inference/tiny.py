@@ -92,8 +92,7 @@ def _small_fields(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     for fields, more in tried:
         small = small_by_number({**fields, **more}, before)
         if not parts_of(config):
-            yield small
-            yield without_derived(config, small, SIZE_OF)
+            yield from (without_derived(config, small, SIZE_OF, optional) for optional in (False, True))
             continue
         heads = [
             [each.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads")] for each in (before, small)

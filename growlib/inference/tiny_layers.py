@@ -57,11 +57,14 @@ def _in_proportion(value: Any, old: Any, new: Any) -> Any:
 
 
 def without_derived(
-    config: PreTrainedConfig, fields: Mapping[str, Any], known: Collection[str]
+    config: PreTrainedConfig, fields: Mapping[str, Any], known: Collection[str], optional: bool
 ) -> dict[str, Any]:
-    """The fields, less the sizes that the class derives from others where they are not given."""
+    """The fields, less the sizes that the class derives from others: always, or, where `optional`, if not given."""
+    if "__dataclass_fields__" not in vars(type(config)):
+        return dict(fields)
     given = {field.name: field.default for field in dataclasses.fields(type(config))}
-    derived = {n for n, v in fields.items() if type(v) is int and n not in known and given.get(n) is None}
+    sizes = {name for name, value in fields.items() if type(value) is int and name not in known}
+    derived = {name for name in sizes if name not in given or (optional and given[name] is None)}
     return {name: value for name, value in fields.items() if name not in derived}
 
 
