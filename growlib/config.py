@@ -146,7 +146,10 @@ def _override(
     overrides = settled(source, overrides)
     derived = {layers: count for layers, count in table.layer_counts(source).items() if layers not in fields}
     fields |= derived  # a number of layers that the config counts in a list
-    if type(overrides.get(ALL_LAYERS)) is int and ALL_LAYERS not in table.layer_counts(source):
+    if type(overrides.get(ALL_LAYERS)) is int and ALL_LAYERS not in {
+        **table.layer_counts(source),
+        **source.attribute_map,
+    }:
         same = value_of(source, ALL_LAYERS)  # a second field that says how many layers there are
         overrides |= {n: overrides[ALL_LAYERS] for n, count in table.layer_counts(source).items() if count == same}
     named = [known_name(source, key) for key in overrides]

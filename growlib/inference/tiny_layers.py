@@ -19,8 +19,8 @@ MISLEADING = (4, 8)  # numbers of heads and of experts
 
 
 def layer_counts(config: PreTrainedConfig, names: Sequence[str]) -> dict[str, int]:
-    """The fields that count layers, also those that a config derives from a list."""
-    counts = {name: getattr(config, name, None) for name in names}
+    """The fields that count layers, also those that a config derives from a list; no second names."""
+    counts = {name: value_of(config, name) for name in names if name not in config.attribute_map}
     return {name: count for name, count in counts.items() if type(count) is int}
 
 
