@@ -2,8 +2,7 @@
 
 import copy
 import difflib
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, floor, gcd
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from growlib.architectures.schema import RESIDUAL, Architecture, fields_in
 from growlib.errors import GrowError
+from growlib.layer_fields import follow_layers
 from growlib.parts import beside, flat, known_name, last_word, part_in, parts_of, rebuilt, value_of
 
 # What building or reading a config raises when its values make no sense.
@@ -21,10 +21,7 @@ _INVALID = (StrictDataclassError, OSError, ValueError, TypeError, KeyError)
 # Fields that say whose config it is, and those that a config derives from its layers.
 OWN_FIELDS = frozenset({"model_type", "architectures", "transformers_version", "dtype", "_name_or_path"})
 DERIVED_FIELDS = frozenset({"stage_names", "out_features", "out_indices"})
-# Fields that count layers up to a place in the stack, and names of those that list layers by their numbers. Those whose
-# layers have other tensors (first_k_dense_replace) stay: the planner gives each place a layer of its kind.
-THRESHOLDS = frozenset({"max_window_layers"})
-_NUMBERS = re.compile(r"idx|ind(ices|exes)|_layers$|layer_ids")
+ALL_LAYERS = "num_hidden_layers"
 # Fields that do not change what a model computes in eval mode (dropout aside).
 NO_FUNCTION = OWN_FIELDS | {
     *("problem_type", "id2label", "label2id", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
@@ -129,40 +126,6 @@ def _same_parts(asked: str, source: PreTrainedConfig, config: PreTrainedConfig) 
             raise GrowError(asked, wrong, f"a {name} of the source's type, {part.model_type}")
 
 
-def follow_layers(
-    fields: dict[str, Any], counted: str, old: int, layers: Sequence[int], named: Collection[str] = ()
-) -> None:
-    """Let lists and thresholds follow the layers that the field `counted` counts, in its own part of the config."""
-    own = beside(fields, counted)
-    lengthen(own, old, layers, named)
-    move_thresholds(own, old, layers, named)
-    fields |= own
-
-
-def lengthen(fields: dict[str, Any], old: int, layers: Sequence[int], named: Collection[str] = ()) -> None:
-    """Give each per-layer list of a config the entries of the source layers; those that are named stay."""
-    for key, value in fields.items():
-        if isinstance(value, list) and len(value) == old and key not in named:
-            fields[key] = [value[layer] for layer in layers]
-
-
-def move_thresholds(fields: dict[str, Any], old: int, layers: Sequence[int], named: Collection[str] = ()) -> None:
-    """Let what counts layers, or lists their numbers, say of the new layers what it says of their sources."""
-    for key, value in fields.items():
-        if key in named:
-            continue
-        if key in THRESHOLDS and type(value) is int and 0 < value <= old and list(layers) == sorted(layers):
-            fields[key] = sum(layer < value for layer in layers)
-        elif _NUMBERS.search(key) and _are_layers(value, old):
-            fields[key] = [new for new, layer in enumerate(layers) if layer in value]
-
-
-def _are_layers(value: Any, old: int) -> bool:
-    """Whether a list holds some layers' numbers."""
-    numbers = isinstance(value, list) and value and all(type(layer) is int and 0 <= layer < old for layer in value)
-    return bool(numbers) and len(value) < old and value == sorted(set(value))
-
-
 def _of_type(asked: str, source: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
     """A config of another type that says what the source's says, save what is named."""
     try:
@@ -192,6 +155,15 @@ def _override(
 ) -> PreTrainedConfig:
     fields = flat(source)
     overrides = {key: value for key, value in overrides.items() if key not in ("dtype", "torch_dtype")}  # the plan's
+    overrides = settled(source, overrides)
+    derived = {layers: count for layers, count in table.layer_counts(source).items() if layers not in fields}
+    fields |= derived  # a number of layers that the config counts in a list
+    if type(overrides.get(ALL_LAYERS)) is int and ALL_LAYERS not in {
+        **table.layer_counts(source),
+        **source.attribute_map,
+    }:
+        same = value_of(source, ALL_LAYERS)  # a second field that says how many layers there are
+        overrides |= {n: overrides[ALL_LAYERS] for n, count in table.layer_counts(source).items() if count == same}
     named = [known_name(source, key) for key in overrides]
     for key, known in zip(overrides, named, strict=True):
         if last_word(known) in OWN_FIELDS and overrides[key] != fields.get(known):
@@ -220,6 +192,22 @@ def _override(
         return rebuilt(source, fields)
     except _INVALID as error:
         raise GrowError(asked, _cause(error), _valid_sizes(source, fields, named)) from error
+
+
+def settled(source: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides, those of what a config derives from its fields as the fields that setting it changes."""
+    made: dict[str, Any] = {}
+    fields = flat(source)
+    for key, value in overrides.items():
+        if key not in fields and isinstance(getattr(type(source), key, None), property):
+            config = copy.deepcopy(source)
+            setattr(config, key, value)
+            moved = {name: new for name, new in flat(config).items() if fields.get(name) != new}
+            if getattr(config, key) == value and moved:
+                made |= moved
+                continue
+        made[key] = value
+    return made
 
 
 def _no_field(

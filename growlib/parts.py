@@ -45,8 +45,16 @@ def rebuilt(like: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConf
 def value_of(config: Any, field: str) -> Any:
     """The value of a field, dotted where it is one of a part; None where there is none."""
     for word in field.split("."):
-        config = config.get(word) if isinstance(config, Mapping) else getattr(config, word, None)
+        config = config.get(word) if isinstance(config, Mapping) else _attribute(config, word)
     return config
+
+
+def _attribute(config: Any, word: str) -> Any:
+    """A field, also one that a config says for single layers too, and warns of where it is read for all."""
+    try:
+        return getattr(config, word, None)
+    except Exception:  # transformers' error is none of AttributeError
+        return vars(config).get(word)
 
 
 def part_in(field: str) -> str:

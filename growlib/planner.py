@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -16,6 +16,7 @@ from growlib import contract
 from growlib.architectures.schema import Architecture, Axis, Stack
 from growlib.errors import GrowError
 from growlib.growth_plan import GrowthPlan, Shape, Skeleton, TensorPlan
+from growlib.layer_fields import kinds_said
 from growlib.layouts import Dim, Layout
 from growlib.maps import AxisMap, LayerMap, split_evenly
 from growlib.operators import Method
@@ -137,37 +138,66 @@ def layer_map(method: Method, stack: Stack, old: int, new: int) -> LayerMap:
 
 
 def _fitted(layers: LayerMap, stack: Stack, source: Skeleton, target: Skeleton) -> LayerMap:
-    """The map with each layer copied from one with the same tensors: in some classes the first layers are others."""
+    """The map with each layer at a place of its kind, and new ones copied from the nearest of their kind.
+
+    In some classes layers differ: in their tensors, or in what the config says about them.
+    """
     have, need = _layer_kinds(stack, source), _layer_kinds(stack, target)
     if all(need.get(t) == have.get(s) for t, s in enumerate(layers.source)):
         return layers
     like = [[s for s in range(layers.old) if have.get(s) == need.get(t)] for t in range(len(layers.source))]
-    if not all(like):
-        return layers
-    nearest = tuple(min(like[t], key=lambda s: abs(s - source)) for t, source in enumerate(layers.source))
     if not any(layers.identity):
+        if not all(like):
+            return layers
+        nearest = tuple(min(like[t], key=lambda s: abs(s - source)) for t, source in enumerate(layers.source))
         return dataclasses.replace(layers, source=nearest) if set(nearest) == set(layers.source) else layers
-    acting, place = {}, 0  # old layers in their order, each in the first place that takes it
-    for t, options in enumerate(like):
-        if place in options:
-            acting[t], place = place, place + 1
-    if place < layers.old:
+    wanted = [t for t, new in enumerate(layers.identity) if not new]
+    placed = wanted if stack.numbered else _places(wanted, like)
+    if placed is None or any(s not in like[t] for s, t in enumerate(placed)):
         return layers
-    chosen = tuple(acting.get(t, nearest[t]) for t in range(len(nearest)))
-    return dataclasses.replace(layers, source=chosen, identity=tuple(t not in acting for t in range(len(chosen))))
+    acting = {t: s for s, t in enumerate(placed)}
+    # A kind of which the source has no layer is drawn: it comes from no layer, and stands beside one.
+    options = [like[t] or list(range(layers.old)) for t in range(len(like))]
+    chosen = [acting.get(t, min(options[t], key=lambda s: abs(s - layers.source[t]))) for t in range(len(like))]
+    return dataclasses.replace(
+        layers, source=tuple(chosen), identity=tuple(t not in acting for t in range(len(chosen))), share=()
+    )
+
+
+def _places(wanted: list[int], like: list[list[int]]) -> list[int] | None:
+    """A place for each old layer, in their order: one that takes it, as near as can be to the wanted one.
+
+    Args:
+        wanted: [old layers] places.
+        like: [new layers] the old layers that each place takes.
+    """
+    best: dict[int, tuple[int, list[int]]] = {-1: (0, [])}  # the last place that is taken -> the cost, the places
+    for layer, place in enumerate(wanted):
+        reached: dict[int, tuple[int, list[int]]] = {}
+        before: tuple[int, list[int]] | None = best.get(-1)
+        for t, options in enumerate(like):
+            if before is not None and layer in options:
+                reached[t] = before[0] + abs(t - place), [*before[1], t]
+            if t in best and (before is None or best[t][0] < before[0]):
+                before = best[t]
+        best = reached
+    return min(best.values(), default=(0, None))[1]
 
 
 def _layer_kinds(stack: Stack, model: Skeleton) -> dict[int, set[str]]:
-    """For each layer the names of its tensors, and what the config's per-layer lists say about it."""
-    kinds: dict[int, set[str]] = defaultdict(set)
-    for name in model.shapes:
+    """For each layer the names of its tensors, which of their sizes it has, and what the config says about it."""
+    shapes: dict[str, dict[int, Shape]] = defaultdict(dict)
+    for name, shape in model.shapes.items():
         base = model.base(name)
         if (layer := stack.layer_of(base)) is not None:
-            kinds[layer].add(base.partition(f".{layer}.")[2])
-    for key, value in beside(flat(model.config), stack.layers).items():
-        if isinstance(value, list) and len(value) == len(kinds):
-            for layer, kind in enumerate(value):
-                kinds[layer].add(f"{key}: {kind}")
+            shapes[stack.row_of(base, layer)][layer] = shape
+    kinds: dict[int, set[str]] = defaultdict(set)
+    for row, found in shapes.items():
+        order = sorted(set(found.values()))
+        for layer, shape in found.items():
+            kinds[layer].add(f"{row} {order.index(shape) + 1} of {len(order)}")
+    for layer, said in enumerate(kinds_said(beside(flat(model.config), stack.layers), len(kinds))):
+        kinds[layer].update(said)
     return dict(kinds)
 
 
@@ -202,19 +232,31 @@ def _tensors(request: Request, maps: Maps, layers: Layers) -> Iterator[TensorPla
         layout, constant, more = table.tensors[row], None, {}
         if stack:
             origin = row.replace("*", str(layers[stack.layers].source[layer]), 1)
-            constant = _identity_constant(stack, row, layer, layers[stack.layers])
+            constant = _identity_constant(stack, row, layout, layer, layers[stack.layers])
             more = _other_layers(row, layer, layers[stack.layers], layout, maps, source)
         names = [origin, *(n for pair in table.ties.items() if origin in pair for n in pair)]
         taken = next((full for base in names if (full := source.find(base))), None)
         if taken is None and not row.endswith(".bias"):
-            raise GrowError(request.asked, f"the source has no tensor for {name}", "a class with the source's tensors")
+            if not (stack and layers[stack.layers].identity[layer]):
+                wrong = f"the source has no tensor for {name}"
+                raise GrowError(request.asked, wrong, "a class with the source's tensors")
+            constant, more = _first_values(row, layout, constant)
         looked_up = layout and layout[0].parts == (("vocab",),) and layout[0].side == "read"
         factor = embedding if looked_up else 1.0
+        if stack and _stands_in(row.removeprefix(stack.block), stack.writers):
+            factor = (request.old[stack.layers] / request.new[stack.layers]) ** stack.branch_power
         if row.startswith(table.head_norm + ".") and (not stack or layer == len(layers[stack.layers].source) - 1):
             (axis,) = layout[0].parts[0]
             factor = head * (maps[axis].tied_gain / embedding if axis in tied and axis in maps else 1.0)
         old_shape = source.shapes[taken] if taken else _shape(layout, request.old, new_shape)
         yield TensorPlan(name, taken, layout, old_shape, new_shape, constant, factor, **more)
+
+
+def _first_values(row: str, layout: Layout, constant: float | None) -> tuple[float | None, dict[str, Any]]:
+    """What a tensor of a new block starts with that no layer of the source has: drawn; a vector is one or zero."""
+    if len(layout) > 1 or constant is not None:
+        return constant, {"noise": 1.0 if constant is None else 0.0, "added": True}
+    return (0.0 if layout[0].side == "shift" or not row.endswith("weight") else 1.0), {"added": True}
 
 
 def _check_known(request: Request) -> None:
@@ -247,20 +289,25 @@ def _head_reads(table: Architecture, rows: tuple[str, str]) -> str | None:
     return heads[0][1].parts[0][0] if heads else None
 
 
-def _identity_constant(stack: Stack, row: str, layer: int, layers: LayerMap) -> float | None:
+def _identity_constant(stack: Stack, row: str, layout: Layout, layer: int, layers: LayerMap) -> float | None:
     """What makes a new block the identity: zero writers; in a post-norm block, also norms of (1, 0).
 
     The last of the blocks that stand in for a source layer keeps that layer's last norm (design: post-norm depth).
     """
     name = row.removeprefix(stack.block)
-    part, _, kind = name.rpartition(".")
     identity = layers.identity[layer]
     followed = layer + 1 < len(layers.identity) and layers.identity[layer + 1]
-    if identity and (part in stack.writers or name in stack.writers):
+    if identity and _stands_in(name, stack.writers):
         return 0.0
-    if (identity and part in stack.inner_norms) or (followed and part == stack.last_norm):
-        return 1.0 if kind == "weight" else 0.0
+    if (identity and _stands_in(name, stack.inner_norms)) or (followed and _stands_in(name, [stack.last_norm])):
+        return 0.0 if name.endswith("bias") or layout[0].side == "shift" else 1.0
     return None
+
+
+def _stands_in(name: str, parts: Iterable[str]) -> bool:
+    """Whether a parameter of a block is one of these, or belongs to one; "." is the block itself."""
+    module = name.rpartition(".")[0] or "."
+    return any(part in (name, module) for part in parts)
 
 
 def _shape(layout: Layout, sizes: Mapping[str, int], shape: Shape) -> Shape:

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from growlib.architectures.schema import EVERYTHING, EXACT, RESIDUAL, Architecture, Growth, Verdict, fields_in
-from growlib.config import NO_FUNCTION, move_thresholds
+from growlib.config import NO_FUNCTION
+from growlib.layer_fields import followed, says_the_same
 from growlib.maps import AxisMap, LayerMap
 from growlib.parts import beside, flat, last_word, value_of
 
@@ -54,14 +55,12 @@ def _changes(source: PreTrainedConfig, target: PreTrainedConfig, field: str) -> 
     return old != new and not isinstance(old, PreTrainedConfig)
 
 
-def _follows_layers(old: Any, new: Any, stack: LayerMap) -> bool:
-    """A per-layer list that says for each layer that acts what it said for its source, or a name of the last layer."""
+def _follows_layers(key: str, old: Any, new: Any, stack: LayerMap) -> bool:
+    """A field that says of each layer that acts what it said of its source, or a name of the last layer."""
     depths = stack.old, len(stack.source)
     if (old, new) in (tuple([n] for n in depths), tuple([f"stage{n}"] for n in depths)):
         return True
-    if not (isinstance(old, list) and isinstance(new, list) and (len(old), len(new)) == depths):
-        return False
-    return all(i or new[t] == old[s] for t, (s, i) in enumerate(zip(stack.source, stack.identity, strict=True)))
+    return says_the_same(key, old, new, stack)
 
 
 def of_config(
@@ -77,9 +76,8 @@ def of_config(
     moved = copy.deepcopy(before)
     for counted, stack in layers.items():
         own = beside(moved, counted)
-        known |= {key for key in own if _follows_layers(before[key], after.get(key), stack)}
-        move_thresholds(own, stack.old, stack.source)
-        moved |= own
+        known |= {key for key in own if _follows_layers(last_word(key), before[key], after.get(key), stack)}
+        moved |= {key: value for key, value in followed(own, stack.old, stack.source).items() if key not in known}
     reasons = []
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)

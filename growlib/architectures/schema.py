@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -114,9 +114,10 @@ class Stack:
     layers: str  # the config field that says how many
     block: str  # `*` stands for the layer's number
     writers: tuple[str, ...]  # modules or parameters that, zeroed, make a block the identity
-    inner_norms: tuple[str, ...] = ()  # post-norm blocks only: the norms before the last one
-    last_norm: str = ""
-    numbered: bool = False  # something enters after a layer of a certain number: new layers stand behind all old ones
+    inner_norms: tuple[str, ...] = ()  # norms and scales on the way through a block: the identity at (1, 0), or at 1
+    last_norm: str = ""  # post-norm blocks only; "." where the block is a norm by itself
+    numbered: bool = False  # what a layer does depends on its number: new layers stand behind all old ones
+    branch_power: float = 0.0  # the class multiplies what a block adds to the stream by layers ** this
 
     def row_of(self, name: str, layer: int) -> str:
         """The table row of a tensor in one of the blocks."""
@@ -266,7 +267,7 @@ def from_table(model_type: str, table: dict[str, Any], where: str) -> Architectu
             axes={name: Axis(**facts) for name, facts in table.pop("axes").items()},
             tensors={name: parse_layout(text) for name, text in table.pop("tensors").items()},
             ties=table.pop("ties", {}),
-            stacks=tuple(_stack(**row) for row in table.pop("stacks")),
+            stacks=tuple(_stack(row) for row in table.pop("stacks")),
             conditions=tuple(_condition(row) for row in table.pop("conditions", [])),
             free_fields=frozenset(rows.pop("free", [])),
             follows=rows.pop("follows", {}),
@@ -300,15 +301,9 @@ def to_table(known: Architecture) -> dict[str, Any]:
     }
 
 
-def _stack(
-    layers: str,
-    block: str,
-    writers: Sequence[str],
-    inner_norms: Sequence[str] = (),
-    last_norm: str = "",
-    numbered: bool = False,
-) -> Stack:
-    return Stack(layers, block, tuple(writers), tuple(inner_norms), last_norm, numbered)
+def _stack(row: dict[str, Any]) -> Stack:
+    lists = {key: tuple(value) for key, value in row.items() if isinstance(value, list | tuple)}
+    return Stack(**{**row, **lists})
 
 
 def _condition(row: dict[str, Any]) -> Condition:

@@ -19,6 +19,7 @@ from growlib.checkpoint.loading import class_of
 from growlib.config import OWN_FIELDS
 from growlib.errors import GrowError
 from growlib.inference import variants
+from growlib.inference.depth import with_depth
 from growlib.inference.label import draft
 from growlib.inference.tiny import tiny_config, tiny_model
 from growlib.inference.verifier import followers, growths, only_copies, trial, unverified, verdicts
@@ -149,8 +150,8 @@ def _own_source() -> bytes:
 
 def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Architecture:
     """The table of a class at tiny sizes, with the candidates that were tried and the growths that were proven."""
-    table = replace(draft(tiny_model(model_class, small, spread=0.07)), proven={})
-    model = tiny_model(model_class, small)
+    seen, model = tiny_model(model_class, small, spread=0.07), tiny_model(model_class, small)
+    table = with_depth(replace(draft(seen), proven={}), seen, model)
     table = _first_exact(table, variants.of_hidden(table, small), model, "hidden")
     if "expert_ffn" in table.axes:
         table = _first_exact(table, variants.of_pairs(table), model, "expert_ffn")
@@ -158,24 +159,7 @@ def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Arch
         table = _first_exact(table, variants.of_experts(table), model, "experts")
     if any(axis.role == "query" for axis in table.axes.values()):
         table = _first_exact(table, variants.of_head_dim(table, small), model, "query")
-    if parts_of(small):
-        table = _numbered(table, model)
     return _with_verdicts(table, model)
-
-
-def _numbered(table: Architecture, model: PreTrainedModel) -> Architecture:
-    """The table with stacks marked whose layers must keep their numbers, as where image features enter after some."""
-    for index, stack in enumerate(table.stacks):
-        deeper = {stack.layers: 2 * value_of(model.config, stack.layers)}
-        if trial(table, model, deeper).verdict.exact:
-            continue
-        marked = (*table.stacks[:index], replace(stack, numbered=True), *table.stacks[index + 1 :])
-        verdict = trial(replace(table, stacks=marked), model, deeper).verdict
-        told = (f"{stack.layers}: new layers behind all old ones", verdict)
-        table = replace(table, candidates=(*table.candidates, told))
-        if verdict.exact:
-            table = replace(table, stacks=marked)
-    return table
 
 
 def _with_verdicts(table: Architecture, model: PreTrainedModel) -> Architecture:

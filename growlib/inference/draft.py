@@ -36,6 +36,7 @@ class Draft:
     hints: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = field(default_factory=dict)  # module -> parts, by
     inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # module -> axes
+    known: tuple[Stack, ...] = ()  # stacks of which it is known what makes a block the identity
     streams: dict[int, str] = field(default_factory=dict)  # width -> axis, of norms over neither hidden nor heads
 
     def __post_init__(self) -> None:

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from growlib.architectures.schema import Architecture
+from growlib.architectures.schema import Architecture, Stack
 from growlib.checkpoint.loading import skeleton
+from growlib.growth_plan import Skeleton
 from growlib.inference import probe
 from growlib.inference.draft import (
     FIXED,
@@ -27,25 +28,28 @@ from growlib.inference.draft import (
     writes_unit,
 )
 from growlib.inference.rows import Unresolved, read_rows
-from growlib.inference.sizes import builds
+from growlib.inference.sizes import Build, builds
 from growlib.inference.table import table_of
 from growlib.layouts import Dim, Layout
 from growlib.outputs import vocabulary
-from growlib.parts import flat
+from growlib.parts import flat, value_of
 
 MOST = 0.6  # of the channels: more than one of at least two heads
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def draft(model: PreTrainedModel) -> Architecture:
-    """The table of a tiny model's class. Raises GrowError where its parts cannot be told apart."""
+def draft(model: PreTrainedModel, known: tuple[Stack, ...] = ()) -> Architecture:
+    """The table of a tiny model's class. Raises GrowError where its parts cannot be told apart.
+
+    `known` are stacks of which it is known already what makes a block the identity.
+    """
     base = skeleton(model)
     others = builds(type(model), base)
     seen = probe.trace(model)
     stacks = stacks_of(base, others)
     widths = {n: t.shape[-1] for n, t in seen.inputs.items()}
     norms = {n: k for n, m in model.named_modules() if n in widths and (k := probe.norm_of(m, widths[n]))}
-    state = Draft(model, width_of(model, stacks, base.prefix, seen), stacks, seen, norms)
+    state = Draft(model, width_of(model, stacks, base.prefix, seen), stacks, seen, norms, known=known)
     state.sizes["hidden"] = state.hidden
     _linear_maps(state)
     _stack_norms(state)
@@ -64,7 +68,30 @@ def draft(model: PreTrainedModel) -> Architecture:
     for name in base.shapes:  # buffers that are saved
         row = state.row_of(base.base(name))
         state.rows.setdefault(row, tuple(_dim(state, size, "write") for size in base.shapes[name]))
+    _of_each_layer(state, base, others)
     return table_of(state, base, others)
+
+
+def _of_each_layer(state: Draft, base: Skeleton, others: list[Build]) -> None:
+    """Dimensions outside the layers that hold as many entries of each, side by side."""
+    counts = {stack.layers: value_of(base.config, stack.layers) for stack in state.stacks}
+    for build in others:
+        old, new = counts.get(build.field), value_of(build.skeleton.config, build.field)
+        for name, shape in base.shapes.items():
+            row, longer = state.row_of(base.base(name)), build.skeleton.shapes.get(name, shape)
+            if old is None or "*" in row or len(shape) != len(longer):
+                continue
+            layout = list(state.rows[row])
+            for i, (before, after) in enumerate(zip(shape, longer, strict=True)):
+                if (
+                    before != after
+                    and before % old == 0
+                    and after == before // old * new
+                    and layout[i].parts == FIXED.parts
+                ):
+                    axes = state.axis("layers", old, "layers", ""), state.axis("of_each", before // old, "", "")
+                    layout[i] = replace(layout[i], parts=(axes,))
+            state.rows[row] = tuple(layout)
 
 
 def _linear_maps(state: Draft) -> None:
@@ -133,7 +160,11 @@ def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> Non
 
 def _stack_norms(state: Draft) -> None:
     """For each stack, the last norm of a post-norm block and the ones before it."""
+    told = {stack.block: stack for stack in state.known}
     for index, stack in enumerate(state.stacks):
+        if stack.block in told:
+            state.stacks[index] = told[stack.block]
+            continue
         block = state.prefix + stack.block.replace("*.", "0.")
         inside = [norm for norm in state.norms if norm.startswith(block) and is_hidden(state, norm)]
         written = state.seen.outputs.get(block[:-1])

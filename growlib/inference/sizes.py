@@ -9,12 +9,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.architectures.schema import size_of
 from growlib.checkpoint.loading import skeleton_of
-from growlib.config import DERIVED_FIELDS, lengthen
+from growlib.config import DERIVED_FIELDS, LayerSources, settled
 from growlib.growth_plan import Skeleton
-from growlib.inference.tiny import SIZE_OF, same_width
+from growlib.inference.tiny import LAYERS, SIZE_OF, same_width
+from growlib.inference.tiny_layers import layer_counts
+from growlib.layer_fields import follow_layers
 from growlib.layouts import Layout
 from growlib.media import PLACEHOLDER
-from growlib.parts import beside, flat, last_word, part_in, rebuilt, text_part
+from growlib.parts import flat, last_word, part_in, rebuilt, text_part, value_of
 
 ABSENT = 72  # what a field that is None is set to
 CONSTANTS = range(2, 9)
@@ -22,6 +24,11 @@ TRIES = 20_000  # of one group of axes
 
 # The parts of a dimension, its length, and the config under which it has that length.
 Check = tuple[tuple[tuple[str, ...], ...], int, PreTrainedConfig]
+
+
+def evenly(counted: str, old: int, new: int) -> list[int]:
+    """The source of each new layer where each old one is followed by its share."""
+    return [layer * old // new for layer in range(new)]
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,10 @@ def builds(model_class: type[PreTrainedModel], base: Skeleton) -> list[Build]:
     """One for each config field that changes the class's shapes when it is doubled, or set where it is None."""
     built_with = []
     links = same_width(base.config)
-    for name, value in flat(base.config).items():
+    fields = flat(base.config)
+    counted = {name: count for name, count in layer_counts(base.config, LAYERS).items() if name not in fields}
+    listed = {name: 2 * count for name, count in counted.items() if name in settled(base.config, {name: 2 * count})}
+    for name, value in {**{name: counted[name] for name in listed}, **fields}.items():
         if part_in(name) not in ("", text_part(base.config)) or name in links:
             continue
         if isinstance(value, bool) or PLACEHOLDER.search(name) or not (value is None or isinstance(value, int)):
@@ -51,18 +61,16 @@ def builds(model_class: type[PreTrainedModel], base: Skeleton) -> list[Build]:
     return built_with
 
 
-def changed(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config with other values; lists that are as long as a field that grows grow with it."""
+def changed(config: PreTrainedConfig, fields: Mapping[str, Any], sources: LayerSources = evenly) -> PreTrainedConfig:
+    """The config with other values; what says something of each layer follows the layers that grow."""
     values = {name: value for name, value in flat(config).items() if last_word(name) not in DERIVED_FIELDS}
     links = same_width(config)
     fields = {**{link: fields[width] for link, width in links.items() if width in fields}, **fields}
     for name, new in fields.items():
-        old = values[name]
+        old = values.get(name, value_of(config, name))
         counts_layers = SIZE_OF.get(last_word(name), 3) == 3
         if counts_layers and isinstance(old, int) and isinstance(new, int) and new > old > 1:
-            own = beside(values, name)
-            lengthen(own, old, [layer * old // new for layer in range(new)], fields)
-            values |= own
+            follow_layers(values, name, old, sources(name, old, new), fields)
     return rebuilt(config, {**values, **fields})
 
 

@@ -121,6 +121,8 @@ def _ties(state: Draft) -> dict[str, str]:
 
 def _with_writers(state: Draft, stack: Stack) -> Stack:
     """What to zero in a new block: the norm after a map that writes the stream, or else the map."""
+    if stack in state.known:
+        return stack
     writers: dict[str, None] = {}
     for row, layout in state.rows.items():
         if not row.startswith(stack.block) or not any(d.side == "write" and d.parts == (("hidden",),) for d in layout):

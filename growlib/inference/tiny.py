@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from growlib.config import DERIVED_FIELDS
 from growlib.errors import GrowError
 from growlib.inference import tiny_parts
+from growlib.inference.tiny_layers import few_layers, layer_counts, small_by_number, with_all_kinds, without_derived
 from growlib.media import media_in, wanted
 from growlib.outputs import every_input, outputs
 from growlib.parts import parts_of, rebuilt, text_of, text_part
@@ -19,7 +20,7 @@ SIZES = {
     64: "hidden_size n_embd d_model n_embed dim embed_dim emb_dim model_dim",
     48: "word_embed_proj_dim embedding_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads",
-    2: "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok moe_topk",
+    2: "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok num_experts_per_token moe_topk",
     24: "head_dim d_kv kv_channels attention_head_size qk_nope_head_dim",
     20: "v_head_dim",
     16: "mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size",
@@ -31,13 +32,14 @@ SIZES = {
     56: "shared_expert_intermediate_size shared_intermediate_size block_ff_dim",
     96: "max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len",
     3: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers",
-    101: "vocab_size",
+    101: "vocab_size vocab_size_per_layer_input",
     32: "image_size hidden_size_per_layer_input",
     5: "num_shared_experts n_shared_experts",
-    1: "first_k_dense_replace n_group topk_group num_dense_layers moe_layer_start_index",
+    1: "first_k_dense_replace n_group num_expert_group topk_group num_dense_layers moe_layer_start_index",
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
-SCANNED = {"num_heads": 4, "head_dim": 32, "mamba_n_heads": 8, "mamba_d_head": 16}
+SCANNED = {"num_heads": 4, "head_dim": 32, "mamba_n_heads": 8, "mamba_d_head": 16, "n_groups": 2}
+LAYERS = tuple(SIZES[3].split())
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 REPORTING = ("return_dict", "output_attentions", "output_hidden_states", "use_cache")  # not what is computed
 LARGEST = 3_000_000  # parameters of a model that is still tiny
@@ -55,6 +57,7 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
             small = rebuilt(config, fields)
             with torch.device("meta"):
                 count = sum(p.numel() for p in model_class(copy.deepcopy(small)).parameters())
+            small = with_all_kinds(model_class, small, LAYERS)
             if count <= LARGEST:
                 model = tiny_model(model_class, small)
                 inputs = every_input(model)
@@ -82,11 +85,14 @@ def _small_fields(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     text = text_part(config)
     own = text_of(config)
     before = {**own.to_dict()}
-    fields = _small(before)
-    for more in _variants(fields, bool(parts_of(config))):
-        small = {**fields, **more}
+    counts = layer_counts(own, LAYERS)
+    once, twice = (_small(before, counts, of_each) for of_each in (1, 2))
+    tried = [(once, more) for more in _variants(once, bool(parts_of(config)))]
+    tried += [(twice, more) for more in _variants(twice, bool(parts_of(config))) if once != twice]
+    for fields, more in tried:
+        small = small_by_number({**fields, **more}, before)
         if not parts_of(config):
-            yield small
+            yield from (without_derived(config, small, SIZE_OF, optional) for optional in (False, True))
             continue
         heads = [
             [each.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads")] for each in (before, small)
@@ -125,32 +131,23 @@ def _variants(fields: Mapping[str, Any], parts: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _small(before: Mapping[str, Any]) -> dict[str, Any]:
+def _small(before: Mapping[str, Any], counts: Mapping[str, int], of_each: int) -> dict[str, Any]:
     fields = {name: value for name, value in before.items() if name not in DERIVED_FIELDS}
     fields |= {name: name == "return_dict" for name in REPORTING if name in fields}
-    old_layers = {fields[n] for n in SIZES[3].split() if isinstance(fields.get(n), int)}
+    few_layers(fields, LAYERS, counts, of_each)
     wide = {fields[n] for n in SIZES[64].split() if isinstance(fields.get(n), int)}
     for name, value in list(fields.items()):
         if isinstance(value, bool) or name.startswith("_"):
             continue
         if isinstance(value, int) and SIZE_OF.get(name) == 48 and value in wide:
             fields[name] = 64  # a field that says the hidden size again goes on to do so
-        elif isinstance(value, int) and name in SIZE_OF:
+        elif isinstance(value, int) and SIZE_OF.get(name, 3) != 3:
             fields[name] = min(value, SIZE_OF[name]) if SIZE_OF[name] < 4 else SIZE_OF[name]
-        elif isinstance(value, list) and len(value) in old_layers and len(value) > 3:
-            fields[name] = _few_of(value)
         elif name.endswith("_token_id") and value is not None:
             fields[name] = 0
     if "qk_rope_head_dim" in fields and "head_dim" in fields:
         fields["head_dim"] = fields["qk_rope_head_dim"]  # latent attention calls its rotated share so
     return fields
-
-
-def _few_of(per_layer: list[Any]) -> list[Any]:
-    """Three of a per-layer list, with all of its kinds where three suffice."""
-    kinds = list(dict.fromkeys(map(str, per_layer)))
-    few = [next(v for v in per_layer if str(v) == kind) for kind in kinds[:3]]
-    return few + [per_layer[0]] * (3 - len(few))
 
 
 def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, spread: float = 0.1) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """Grow a tiny model of a class by a table, every parameter random, and compare what it computes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from growlib.apply import apply
 from growlib.architectures.schema import EVERYTHING, EXACT, RESIDUAL, Architecture, Axis, Growth, Verdict
 from growlib.checkpoint.loading import empty_model, fill, skeleton, skeleton_of
-from growlib.inference.sizes import changed
+from growlib.inference.sizes import changed, evenly
 from growlib.operators import Method, method
 from growlib.outputs import TOLERANCE, distance, every_input, outputs
 from growlib.parts import value_of
-from growlib.planner import Request, make_plan
+from growlib.planner import Request, layer_map, make_plan
 
 RATIOS: tuple[tuple[Any, float], ...] = (("x2", 2.0), ("x1.5", 1.5))
 SEEDS = (1, 2)  # of the inputs
@@ -32,7 +32,13 @@ def trial(
 ) -> Trial:
     """Grow the model to these config fields, and compare on two inputs. Copies meet whole multiples and a rest."""
     try:
-        target = changed(model.config, fields)
+        stacks = {stack.layers: stack for stack in table.stacks}
+
+        def sources(counted: str, old: int, new: int) -> Sequence[int]:
+            known = counted in stacks
+            return layer_map(method(chosen), stacks[counted], old, new).source if known else evenly(counted, old, new)
+
+        target = changed(model.config, fields, sources)
         wide = skeleton_of(type(model), target)
         plan = make_plan(Request(table, method(chosen), 0, skeleton(model), wide))
         grew = frozenset(
