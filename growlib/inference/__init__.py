@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Arch
     table = replace(draft(tiny_model(model_class, small, spread=0.07)), proven={})
     model = tiny_model(model_class, small)
     table = _first_exact(table, variants.of_hidden(table, small), model, "hidden")
+    table = _behind_norms(table, model)
     if "expert_ffn" in table.axes:
         table = _first_exact(table, variants.of_pairs(table), model, "expert_ffn")
     if any(axis.per_token for axis in table.axes.values()):
@@ -161,6 +163,31 @@ def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Arch
     if parts_of(small):
         table = _numbered(table, model)
     return _with_verdicts(table, model)
+
+
+def _behind_norms(table: Architecture, model: PreTrainedModel) -> Architecture:
+    """The table with those rows changed that stand on the residual stream and, as the tiny model shows, do not.
+
+    Whole copies cannot tell: there the stream has the scale of what a norm makes of it.
+    """
+    if "raw" not in table.axes:
+        return table
+    field = table.axes["hidden"].size.split()[0]
+    fields = {field: int(1.5 * value_of(model.config, field))}
+    fields |= followers(table, model.config, fields)
+    best = trial(table, model, fields)
+    if best.verdict.exact or best.apart == inf:
+        return table
+    tried = []
+    for told, changed in variants.of_stream(table):
+        candidate = changed(table)
+        found = trial(candidate, model, fields)
+        tried.append((f"hidden x1.5: {told}", found.verdict))
+        if found.apart < best.apart:
+            table, best = candidate, found
+        if best.verdict.exact:
+            break
+    return replace(table, candidates=(*table.candidates, *tried))
 
 
 def _numbered(table: Architecture, model: PreTrainedModel) -> Architecture:
@@ -193,7 +220,7 @@ def _first_exact(
         size = value_of(model.config, field)
         fields = {} if size is None else {field: 2 * size}
         fields |= followers(candidate, model.config, fields, heads=axis == "hidden")
-        grew, verdict = trial(candidate, model, fields)
+        grew, verdict, _ = trial(candidate, model, fields)
         if verdict.exact and Growth(axis, "x2") not in grew:
             verdict = Verdict("refused", "it did not grow")
         tried.append((f"{axis} x2: {name}", verdict))

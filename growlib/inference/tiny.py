@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.config import DERIVED_FIELDS
 from growlib.errors import GrowError
-from growlib.inference import tiny_parts
+from growlib.inference import smaller, tiny_parts
 from growlib.media import media_in, wanted
 from growlib.outputs import every_input, outputs
 from growlib.parts import parts_of, rebuilt, text_of, text_part
@@ -22,7 +23,7 @@ SIZES = {
     2: "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok moe_topk",
     24: "head_dim d_kv kv_channels attention_head_size qk_nope_head_dim",
     20: "v_head_dim",
-    16: "mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size",
+    16: "d_head mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size",
     8: "qk_rope_head_dim num_local_experts num_experts n_routed_experts rotary_dim moe_num_experts patch_size",
     12: "kv_lora_rank",
     28: "q_lora_rank",
@@ -31,8 +32,8 @@ SIZES = {
     56: "shared_expert_intermediate_size shared_intermediate_size block_ff_dim",
     96: "max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len",
     3: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers",
-    101: "vocab_size",
-    32: "image_size hidden_size_per_layer_input",
+    101: "vocab_size src_vocab_size tgt_vocab_size",
+    32: "image_size hidden_size_per_layer_input qk_head_dim",
     5: "num_shared_experts n_shared_experts",
     1: "first_k_dense_replace n_group topk_group num_dense_layers moe_layer_start_index",
 }
@@ -50,11 +51,15 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
     """
     asked = f"building a tiny {model_class.__name__}"
     wrong: Exception | None = None
+    less: dict[str, Any] = {}
     for fields in _small_fields(config):
         try:
-            small = rebuilt(config, fields)
-            with torch.device("meta"):
-                count = sum(p.numel() for p in model_class(copy.deepcopy(small)).parameters())
+            small = rebuilt(config, {**fields, **less})
+            count = smaller.count_of(model_class, small)
+            if count > LARGEST and not less:
+                less = smaller.lessened(model_class, small, LARGEST, SIZE_OF)
+                small = rebuilt(config, {**fields, **less})
+                count = smaller.count_of(model_class, small)
             if count <= LARGEST:
                 model = tiny_model(model_class, small)
                 inputs = every_input(model)
@@ -83,7 +88,7 @@ def _small_fields(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     own = text_of(config)
     before = {**own.to_dict()}
     fields = _small(before)
-    for more in _variants(fields, bool(parts_of(config))):
+    for more in _variants(own, fields, bool(parts_of(config))):
         small = {**fields, **more}
         if not parts_of(config):
             yield small
@@ -100,8 +105,8 @@ def _small_fields(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
         yield from tiny_parts.small_parts(config, named, before.get(width, 0), small.get(width, 0))
 
 
-def _variants(fields: Mapping[str, Any], parts: bool) -> list[dict[str, Any]]:
-    """What else some classes need: another head_dim, no groups of heads, fields that are not set."""
+def _variants(own: PreTrainedConfig, fields: Mapping[str, Any], parts: bool) -> list[dict[str, Any]]:
+    """What else some classes need: another head_dim, no groups of heads, fields that are not set or follow others."""
     head_dim: dict[str, Any] = {"head_dim": 16} if "head_dim" in fields else {}
     no_groups: dict[str, Any] = {name: 4 for name in KV_HEADS if name in fields}
     unset = {name: SIZE_OF[name] for name, value in fields.items() if value is None and name in SIZE_OF}
@@ -122,7 +127,22 @@ def _variants(fields: Mapping[str, Any], parts: bool) -> list[dict[str, Any]]:
         unset | head_dim,
         scanned,
         *([sections | head_dim] if sections and parts else []),
+        *_several([smaller.derived(own, fields, SIZE_OF), no_groups, unset, scanned, _first_of_many(fields)]),
     ]
+
+
+def _several(variants: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One of them, or several together."""
+    for count in range(1, 4):
+        for chosen in combinations([variant for variant in variants if variant], count):
+            yield {name: value for variant in chosen for name, value in variant.items()}
+
+
+def _first_of_many(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A default that is not set, of a list of possible ones: the language of a model of several (X-MOD)."""
+    unset = [name for name, value in fields.items() if value is None and name.startswith("default_")]
+    lists = {name: fields.get(name.removeprefix("default_") + "s") for name in unset}
+    return {name: values[0] for name, values in lists.items() if isinstance(values, list | tuple) and values}
 
 
 def _small(before: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """What shapes and interventions cannot tell: a short list of tables that differ in one fact each."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 from transformers import PreTrainedConfig
 
 from growlib.architectures.schema import Architecture, Axis, size_of
-from growlib.layouts import Dim
+from growlib.layouts import Dim, Layout
+from growlib.maps import Side
 from growlib.parts import text_part, value_of
 
 ROTARY_SHARES = (
@@ -32,6 +34,24 @@ def of_hidden(table: Architecture, config: PreTrainedConfig) -> Iterator[tuple[s
             told + name,
             replace(table, embedding_power=powers[0], head_power=powers[1], follows=others | follows),
         )
+
+
+def of_stream(table: Architecture) -> Iterator[tuple[str, Callable[[Architecture], Architecture]]]:
+    """For each row that reads the residual stream or scales it: that it reads what a norm made of it, or adds to it."""
+    for row, layout in table.tensors.items():
+        raw = [dim for dim in layout if dim.parts == (("raw",),)]
+        if raw and raw[0].side == "read":
+            yield f"{row} reads what a norm gave", partial(_with_row, row=row, layout=_on_hidden(layout, "read"))
+        elif raw and len(layout) == 1:
+            yield f"{row} is added", partial(_with_row, row=row, layout=_on_hidden(layout, "write"))
+
+
+def _on_hidden(layout: Layout, side: Side) -> Layout:
+    return tuple(Dim((("hidden",),), side) if dim.parts == (("raw",),) else dim for dim in layout)
+
+
+def _with_row(table: Architecture, row: str, layout: Layout) -> Architecture:
+    return replace(table, tensors={**table.tensors, row: layout})
 
 
 def of_experts(table: Architecture) -> Iterator[tuple[str, Architecture]]:
