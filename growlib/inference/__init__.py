@@ -27,6 +27,7 @@ from growlib.operators import Method
 from growlib.parts import flat, last_word, parts_of, value_of
 
 Class = tuple[type[PreTrainedModel], str]  # and its switches
+PASSES = 2  # over what may stand elsewhere: a second change may show that the first was none
 
 _inferred: dict[Class, Architecture] = {}
 _checked: dict[tuple[type[PreTrainedModel], str, frozenset[Growth], Method], str] = {}
@@ -170,8 +171,6 @@ def _behind_norms(table: Architecture, model: PreTrainedModel) -> Architecture:
 
     Whole copies cannot tell: there the stream has the scale of what a norm makes of it.
     """
-    if "raw" not in table.axes:
-        return table
     field = table.axes["hidden"].size.split()[0]
     fields = {field: int(1.5 * value_of(model.config, field))}
     fields |= followers(table, model.config, fields)
@@ -179,13 +178,18 @@ def _behind_norms(table: Architecture, model: PreTrainedModel) -> Architecture:
     if best.verdict.exact or best.apart == inf:
         return table
     tried = []
-    for told, changed in variants.of_stream(table):
-        candidate = changed(table)
-        found = trial(candidate, model, fields)
-        tried.append((f"hidden x1.5: {told}", found.verdict))
-        if found.apart < best.apart:
-            table, best = candidate, found
-        if best.verdict.exact:
+    for _ in range(PASSES):
+        start, seen = best.apart, set()
+        while more := next(((t, c) for t, c in variants.of_stream(table) if t not in seen), None):
+            told, candidate = more
+            found = trial(candidate, model, fields)
+            seen.add(told)
+            tried.append((f"hidden x1.5: {told}", found.verdict))
+            if found.apart < best.apart:
+                table, best = candidate, found
+            if best.verdict.exact:
+                break
+        if best.verdict.exact or best.apart == start:
             break
     return replace(table, candidates=(*table.candidates, *tried))
 

@@ -34,7 +34,8 @@ def lessened(
     for name, values in options.items():
         built = ((_count_with(model_class, config, {name: value}), name, value) for value in values)
         saving += [next((found for found in built if found[0]), (0, name, None))]
-    least, chosen = count_of(model_class, config), {}
+    chosen: dict[str, Any] = {}
+    least = count_of(model_class, config)
     for count, name, value in sorted(saving, key=lambda found: found[0]):
         if least <= limit:
             break

@@ -1,8 +1,7 @@
 """What shapes and interventions cannot tell: a short list of tables that differ in one fact each."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import product
 
 from transformers import PreTrainedConfig
@@ -36,22 +35,72 @@ def of_hidden(table: Architecture, config: PreTrainedConfig) -> Iterator[tuple[s
         )
 
 
-def of_stream(table: Architecture) -> Iterator[tuple[str, Callable[[Architecture], Architecture]]]:
-    """For each row that reads the residual stream or scales it: that it reads what a norm made of it, or adds to it."""
+def of_stream(table: Architecture) -> Iterator[tuple[str, Architecture]]:
+    """Tables in which one row stands elsewhere on the residual stream than it seems to.
+
+    It reads what a norm gave, is added and scales nothing or the other way round, scales what another row writes
+    (LayerScale), is a convolution of each channel; or an axis of the width gates what a norm gave.
+    """
     for row, layout in table.tensors.items():
         raw = [dim for dim in layout if dim.parts == (("raw",),)]
         if raw and raw[0].side == "read":
-            yield f"{row} reads what a norm gave", partial(_with_row, row=row, layout=_on_hidden(layout, "read"))
-        elif raw and len(layout) == 1:
-            yield f"{row} is added", partial(_with_row, row=row, layout=_on_hidden(layout, "write"))
+            yield f"{row} reads what a norm gave", _with_row(table, row, _on(layout, "hidden", "read"))
+        elif raw and len(layout) == 1 and not _is_norm(table, row):
+            yield f"{row} is added", _with_row(table, row, _on(layout, "hidden", "write"))
+            yield from _scaling(table, row)
+        elif layout and layout[0] == Dim((("hidden",),), "write") and len(layout) == 1 and not row.endswith(".bias"):
+            yield f"{row} scales", _with_row(table, row, _on(layout, "raw", "scale"))
+        elif len(layout) > 2 and layout[0] == Dim((("hidden",),), "write") and len({d.parts for d in layout[1:]}) == 1:
+            yield f"{row} acts on each channel", _with_row(_channels(table), row, _on(layout, "channel", "write"))
+    width = table.axes["hidden"].size
+    for name, axis in table.axes.items():
+        if axis.role == "elementwise" and axis.size == width and name != "channel":
+            yield f"{name} gates what a norm gave", _gating(table, name)
 
 
-def _on_hidden(layout: Layout, side: Side) -> Layout:
-    return tuple(Dim((("hidden",),), side) if dim.parts == (("raw",),) else dim for dim in layout)
+def _is_norm(table: Architecture, row: str) -> bool:
+    """Whether a scale has a shift beside it."""
+    beside = [table.tensors.get(f"{row.rpartition('.')[0]}.bias", ())]
+    return any(layout and layout[0].side == "shift" for layout in beside)
+
+
+def _scaling(table: Architecture, row: str) -> Iterator[tuple[str, Architecture]]:
+    """The row scales what one of a block's writers writes."""
+    for stack in table.stacks:
+        for writer in stack.writers if row.startswith(stack.block) else ():
+            rows = [name for name in table.tensors if name.startswith(f"{stack.block}{writer}.")]
+            changed = {name: scale for name, scale in table.weighed.items() if scale != row} | dict.fromkeys(rows, row)
+            yield f"{row} scales what {writer} writes", replace(table, weighed=changed)
+
+
+def _channels(table: Architecture) -> Architecture:
+    """The table with an axis for what acts on each channel of the stream by itself."""
+    return replace(table, axes={**table.axes, "channel": Axis(table.axes["hidden"].size, "elementwise")})
+
+
+def _gating(table: Architecture, name: str) -> Architecture:
+    """What reads the axis reads the width, and what writes it acts on each channel."""
+    rows = {}
+    for row, layout in table.tensors.items():
+        rows[row] = tuple(
+            dim if dim.parts != ((name,),) else Dim((("hidden" if dim.side == "read" else "channel",),), dim.side)
+            for dim in layout
+        )
+    made = replace(_channels(table), tensors=rows)
+    left = {axis for layout in rows.values() for dim in layout for part in dim.parts for axis in part}
+    return replace(made, axes={n: axis for n, axis in made.axes.items() if n != name or n in left})
+
+
+def _on(layout: Layout, axis: str, side: Side) -> Layout:
+    """The layout with another axis where the stream is."""
+    return tuple(Dim(((axis,),), side) if dim.parts in ((("raw",),), (("hidden",),)) else dim for dim in layout)
 
 
 def _with_row(table: Architecture, row: str, layout: Layout) -> Architecture:
-    return replace(table, tensors={**table.tensors, row: layout})
+    used = {**table.axes}
+    if layout[0].parts == (("raw",),):
+        used.setdefault("raw", Axis(table.axes["hidden"].size, "unscaled"))
+    return replace(table, tensors={**table.tensors, row: layout}, axes=used)
 
 
 def of_experts(table: Architecture) -> Iterator[tuple[str, Architecture]]:
