@@ -181,8 +181,10 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
         return (write, _dim(state, shape[1], "read")) if len(shape) == 2 else (write,)
     if len(shape) > 1 and shape[0] == _expert_count(state, name, module):
         return _expert_layout(state, name, kind, shape)
-    if len(shape) == 1 and shape[0] == state.hidden and state.stack_of(name):
-        return (Dim((("raw",),), "scale"),)  # such as a LayerScale
+    if len(shape) == 1 and shape[0] == state.hidden and not _is_elsewhere(state, name):
+        added = probe.is_added(state.model, state.seen, module.get_parameter(kind))
+        if added is False or (added is None and state.stack_of(name)):
+            return (Dim((("raw",),), "scale"),)  # such as a LayerScale
     # a linear map of its own kind, such as a router; what joins an image to the text writes the text's stream
     read = "weight" in kind and len(shape) == 2 and not _is_elsewhere(state, name)
     sides = [_dim(state, size, "read" if read and i else "write", heads=True) for i, size in enumerate(shape)]

@@ -109,6 +109,32 @@ def trace(model: PreTrainedModel) -> Trace:
     return seen
 
 
+@torch.no_grad()
+def is_added(model: PreTrainedModel, seen: Trace, parameter: nn.Parameter) -> bool | None:
+    """Whether a vector is added to what passes: a change of it moves every token alike. None where nothing sees it.
+
+    What sees it first says so: what a module reads, or else what it writes, as wide as the vector.
+    """
+    found: list[bool] = []
+
+    def look(name: str, module: nn.Module, given: Tensor | None, output: Any) -> None:
+        for now, before in ((given, seen.inputs.get(name)), (_tensor(output), seen.outputs.get(name))):
+            if found or now is None or before is None or now.shape != before.shape or now.shape[-1] != len(parameter):
+                continue
+            change = (now - before).reshape(-1, now.shape[-1])
+            if change.abs().max() > CHANGED * before.std():
+                found.append(bool((change - change[:1]).abs().max() < 1e-2 * change.abs().max()))
+
+    kept = parameter.clone()
+    parameter.add_(1 + kept.abs())
+    try:
+        with hooked(model, look):
+            model(**every_input(model)[0])
+    finally:
+        parameter.copy_(kept)
+    return found[0] if found else None
+
+
 def rows(tensor: Tensor) -> set[bytes]:
     """The vectors along the last dimension, as a set: equal sets are equal tensors but for the batch's shape."""
     flat = tensor.reshape(-1, tensor.shape[-1]).contiguous()

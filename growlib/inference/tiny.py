@@ -35,6 +35,7 @@ SIZES = {
     101: "vocab_size src_vocab_size tgt_vocab_size",
     32: "image_size hidden_size_per_layer_input qk_head_dim",
     5: "num_shared_experts n_shared_experts",
+    7: "num_register_tokens",
     1: "first_k_dense_replace n_group topk_group num_dense_layers moe_layer_start_index",
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
