@@ -6,7 +6,7 @@ from itertools import product
 
 from transformers import PreTrainedConfig
 
-from growlib.architectures.schema import Architecture, Axis, size_of
+from growlib.architectures.schema import Architecture, Axis, Stack, size_of
 from growlib.layouts import Dim, Layout
 from growlib.maps import Side
 from growlib.parts import text_part, value_of
@@ -41,6 +41,13 @@ def of_stream(table: Architecture) -> Iterator[tuple[str, Architecture]]:
     It reads what a norm gave, is added and scales nothing or the other way round, scales what another row writes
     (LayerScale), is a convolution of each channel; or an axis of the width gates what a norm gave.
     """
+    scales = [n for n, dims in table.tensors.items() if len(dims) == 1 and dims[0] == Dim((("raw",),), "scale")]
+    scales = [row for row in scales if not _is_norm(table, row)]
+    for stack in table.stacks:
+        own = [row for row in scales if row.startswith(stack.block)]
+        if own and len(own) == len(stack.writers):
+            weighed = {row: w for s, w in zip(stack.writers, own, strict=True) for row in _rows_of(table, stack, s)}
+            yield f"{' and '.join(own)} scale what is written, in their order", replace(table, weighed=weighed)
     for row, layout in table.tensors.items():
         raw = [dim for dim in layout if dim.parts == (("raw",),)]
         if raw and raw[0].side == "read":
@@ -68,9 +75,13 @@ def _scaling(table: Architecture, row: str) -> Iterator[tuple[str, Architecture]
     """The row scales what one of a block's writers writes."""
     for stack in table.stacks:
         for writer in stack.writers if row.startswith(stack.block) else ():
-            rows = [name for name in table.tensors if name.startswith(f"{stack.block}{writer}.")]
+            rows = _rows_of(table, stack, writer)
             changed = {name: scale for name, scale in table.weighed.items() if scale != row} | dict.fromkeys(rows, row)
             yield f"{row} scales what {writer} writes", replace(table, weighed=changed)
+
+
+def _rows_of(table: Architecture, stack: Stack, module: str) -> list[str]:
+    return [row for row in table.tensors if row.startswith(f"{stack.block}{module}.")]
 
 
 def _channels(table: Architecture) -> Architecture:
