@@ -223,7 +223,10 @@ def _moved(output: Any, batch: int) -> Any:
     if tensor is None:
         return output
     copy = tensor.clone()
-    view = copy.view(batch, -1, batch - 1) if copy.numel() % (batch * (batch - 1)) == 0 else None
+    if _is_time_first(copy, batch):
+        view = copy.transpose(0, 1) if copy.shape[2] == batch - 1 else None
+    else:
+        view = copy.view(batch, -1, batch - 1) if copy.numel() % (batch * (batch - 1)) == 0 else None
     if view is None:
         return output
     each = torch.arange(batch - 1)
@@ -231,8 +234,15 @@ def _moved(output: Any, batch: int) -> Any:
     return (copy, *output[1:]) if isinstance(output, tuple) else copy
 
 
+def _is_time_first(tensor: Tensor, batch: int) -> bool:
+    """Whether tokens come before the batch, as in Longformer and FSMT: [tokens, batch, channels]."""
+    return tensor.ndim == 3 and tensor.shape[1] == batch != tensor.shape[0]
+
+
 def _by_batch(given: Tensor, batch: int) -> Tensor | None:
     """[batch, tokens, channels], or None where the tokens of a batch are not laid out so."""
+    if _is_time_first(given, batch):
+        given = given.transpose(0, 1)
     count = given.numel() // given.shape[-1]
     return given.reshape(batch, -1, given.shape[-1]) if count % batch == 0 else None
 

@@ -36,6 +36,7 @@ SIZES = {
     32: "image_size hidden_size_per_layer_input qk_head_dim",
     5: "num_shared_experts n_shared_experts",
     7: "num_register_tokens",
+    6: "attention_window",
     1: "first_k_dense_replace n_group topk_group num_dense_layers moe_layer_start_index",
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
@@ -159,7 +160,7 @@ def _small(before: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, int) and name in SIZE_OF:
             fields[name] = min(value, SIZE_OF[name]) if SIZE_OF[name] < 4 else SIZE_OF[name]
         elif isinstance(value, list) and len(value) in old_layers and len(value) > 3:
-            fields[name] = _few_of(value)
+            fields[name] = [SIZE_OF[name]] * 3 if name in SIZE_OF else _few_of(value)
         elif name.endswith("_token_id") and value is not None:
             fields[name] = 0
     if "qk_rope_head_dim" in fields and "head_dim" in fields:

@@ -26,7 +26,12 @@ def of_hidden(table: Architecture, config: PreTrainedConfig) -> Iterator[tuple[s
     others = {name: wide for name, wide in table.follows.items() if wide != hidden}
     same = {n: hidden for n in table.follows.keys() - others if value_of(config, n) == value_of(config, hidden)}
     heads = dict.fromkeys(table.follows.keys() - others - same.keys(), hidden)
-    scales = {"": (0.0, 0.0), ", embeddings times sqrt(hidden)": (0.5, 0.0), ", head over sqrt(hidden)": (0.0, -0.5)}
+    scales = {
+        "": (0.0, 0.0),
+        ", embeddings times sqrt(hidden)": (0.5, 0.0),
+        ", head over sqrt(hidden)": (0.0, -0.5),
+        ", head over hidden": (0.0, -1.0),
+    }
     for (name, powers), follows in product(scales.items(), (same | heads, same) if heads else (same,)):
         told = "heads grow with it" if follows != same else "heads stay"
         yield (
