@@ -108,6 +108,8 @@ def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> Non
     if not state.grows(reader) and width % state.hidden:
         return  # a width of another part
     reading = read_rows(writers, width)
+    if reading.sizes.get("heads") == 1 and _is_in_scan(state, reader):
+        return  # what a scan makes of its own input and output maps
     names = {}
     kv_heads = reading.sizes.get("kv_heads")
     told = [v for f, v in flat(state.model.config).items() if re.search("key_value_heads|kv_heads", f)]
