@@ -30,13 +30,21 @@ def apply(plan: GrowthPlan, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
     """Yield (name, tensor) for each tensor of the grown model, in the dtype and on the device of its source."""
     for made in plan.tensors:
         source = tensors[made.source] if made.source else torch.zeros(made.old_shape)
-        yield made.name, grow_tensor(made, source, plan, tensors[made.following] if made.following else None)
+        following, weigher = (tensors[name] if name else None for name in (made.following, made.weigher))
+        yield made.name, grow_tensor(made, source, plan, following, weigher)
 
 
-def grow_tensor(made: TensorPlan, source: Tensor, plan: GrowthPlan, following: Tensor | None = None) -> Tensor:
+def grow_tensor(
+    made: TensorPlan,
+    source: Tensor,
+    plan: GrowthPlan,
+    following: Tensor | None = None,
+    weigher: Tensor | None = None,
+) -> Tensor:
     """Grow one tensor: float32 arithmetic (float64 for float64 sources), the source's dtype.
 
-    `following` is the same tensor of the next layer, for tensors that take from it.
+    `following` is the same tensor of the next layer, for tensors that take from it; `weigher` [rows] scales what this
+    tensor writes, so that its mean row is the mean of rows that are weighed so.
     """
     kept, source = source.dtype, source.detach()
     if not made.layout:  # a single number
@@ -45,7 +53,7 @@ def grow_tensor(made: TensorPlan, source: Tensor, plan: GrowthPlan, following: T
     later = None if following is None else following.detach().to(source.device)
     if later is not None and made.share:
         source = torch.lerp(source.to(wide), later.to(wide), made.share)
-    rule = _Rule(made.name, plan, source, wide)
+    rule = _Rule(made.name, plan, source, wide, _shares(weigher, made.weigher_gain))
     if made.constant is not None:
         values, later, noise = source.new_full((), made.constant, dtype=wide).expand(source.shape), None, 0.0
     else:
@@ -61,6 +69,15 @@ def grow_tensor(made: TensorPlan, source: Tensor, plan: GrowthPlan, following: T
     return _with_noise(grown, rule, noise, _Ending(kept, made.factor, offset))
 
 
+def _shares(weigher: Tensor | None, gain: float) -> Tensor | None:
+    """What rows weigh in their mean where weights w scale them, of which a new entry has gain times the mean."""
+    if weigher is None:
+        return None
+    weights = weigher.detach().double()
+    mean = weights.mean().item() * gain
+    return weights / mean if mean else None
+
+
 @dataclass(frozen=True)
 class _Rule:
     """What the growth of one tensor depends on, beside its values."""
@@ -69,6 +86,7 @@ class _Rule:
     plan: GrowthPlan
     source: Tensor
     wide: torch.dtype  # of the arithmetic
+    shares: Tensor | None = None  # of each row in the mean row: float64 [rows]
 
     @cached_property
     def width(self) -> float:
@@ -161,7 +179,8 @@ def _grow_part(rule: _Rule, ending: _Ending, values: Tensor, part: Part) -> Tens
     for step in steps:
         sizes[step.dim] = step.axis_map.new
     out = torch.empty(sizes, dtype=ending.dtype, device=values.device)
-    mean = next((mean_along(values, 0, rule.wide) for step in steps if step.dim == 0 and step.has_mean), None)
+    weighed = values if rule.shares is None else values * along(rule.shares, 0, values)
+    mean = next((mean_along(weighed, 0, rule.wide) for step in steps if step.dim == 0 and step.has_mean), None)
     # Dimensions that all lie in the tensor's last one are drawn as one row.
     count = max(BLOCK // max(prod(sizes[1:]), 1), 1) if part.leading else max(sizes[0], 1)
     for start in range(0, sizes[0], count):

@@ -58,6 +58,8 @@ class TensorPlan:
     following: str | None = None  # the same tensor of the next layer, where values come from it
     share: float = 0.0  # of `following` in every value
     noise: float = 0.0  # in standard deviations of the source
+    weigher: str | None = None  # the source's weights that scale what this tensor writes: for a mean entry, see apply
+    weigher_gain: float = 1.0  # of the mean of these weights, on new entries
     added: bool = False  # it belongs to a block that starts as the identity
 
     def to_dict(self) -> dict[str, Any]:

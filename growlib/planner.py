@@ -234,6 +234,7 @@ def _tensors(request: Request, maps: Maps, layers: Layers) -> Iterator[TensorPla
             origin = row.replace("*", str(layers[stack.layers].source[layer]), 1)
             constant = _identity_constant(stack, row, layout, layer, layers[stack.layers])
             more = _other_layers(row, layer, layers[stack.layers], layout, maps, source)
+            more |= _weigher(table, row, layers[stack.layers].source[layer], maps, source)
         names = [origin, *(n for pair in table.ties.items() if origin in pair for n in pair)]
         taken = next((full for base in names if (full := source.find(base))), None)
         if taken is None and not row.endswith(".bias"):
@@ -280,6 +281,15 @@ def _other_layers(
         following, share = None, 0.0
     noise = layers.noise if again and not layers.identity[layer] else 0.0
     return {"following": following, "share": share, "noise": noise, "added": layers.identity[layer]}
+
+
+def _weigher(table: Architecture, row: str, layer: int, maps: Maps, source: Skeleton) -> dict[str, Any]:
+    """The weights (LayerScale) that scale what a row writes on a stream whose new entries hold its mean."""
+    scale = table.weighed.get(row)
+    if scale is None or not any(m.new_writes == "mean" and (m.source < 0).any() for m in maps.values()):
+        return {}
+    (axis,) = table.tensors[scale][0].parts[0]
+    return {"weigher": source.find(scale.replace("*", str(layer), 1)), "weigher_gain": maps[axis].new_gain}
 
 
 def _head_reads(table: Architecture, rows: tuple[str, str]) -> str | None:

@@ -204,7 +204,8 @@ class Grown(Mapping[str, Tensor]):
             return upcycling.mixed(self._growth.mixture, self._experts[name], self, like)
         made = self._made[name]
         source = self._read(made.source) if made.source else torch.zeros(made.old_shape)
-        return grow_tensor(made, source, self._growth, self._read(made.following) if made.following else None)
+        following, weigher = (self._read(name) if name else None for name in (made.following, made.weigher))
+        return grow_tensor(made, source, self._growth, following, weigher)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._made | self._experts)

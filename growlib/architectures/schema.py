@@ -145,6 +145,8 @@ class Architecture:
     candidates: tuple[tuple[str, Verdict], ...] = ()  # of an inferred table: what was tried
     follows: Mapping[str, str] = field(default_factory=dict)
     conditions: tuple[Condition, ...] = ()
+    # {row that writes the stream: the row of weights that scale it first (LayerScale)}, for the mean of what is written
+    weighed: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sharing = {axis.groups: name for name, axis in self.axes.items() if axis.groups}
@@ -267,6 +269,7 @@ def from_table(model_type: str, table: dict[str, Any], where: str) -> Architectu
             axes={name: Axis(**facts) for name, facts in table.pop("axes").items()},
             tensors={name: parse_layout(text) for name, text in table.pop("tensors").items()},
             ties=table.pop("ties", {}),
+            weighed=table.pop("weighed", {}),
             stacks=tuple(_stack(row) for row in table.pop("stacks")),
             conditions=tuple(_condition(row) for row in table.pop("conditions", [])),
             free_fields=frozenset(rows.pop("free", [])),
@@ -294,6 +297,7 @@ def to_table(known: Architecture) -> dict[str, Any]:
         "axes": {name: asdict(replace(axis, shared_by="")) for name, axis in known.axes.items()},
         "tensors": {row: layout_text(layout) for row, layout in known.tensors.items()},
         "ties": dict(known.ties),
+        "weighed": dict(known.weighed),
         "config": {"free": sorted(known.free_fields), "follows": dict(known.follows)},
         "conditions": [asdict(condition) for condition in known.conditions],
         "proven": known.proven and [[list(growth), list(verdict)] for growth, verdict in known.proven.items()],

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from growlib.operators import Method
 from growlib.parts import flat, last_word, parts_of, value_of
 
 Class = tuple[type[PreTrainedModel], str]  # and its switches
+PASSES = 2  # over what may stand elsewhere: a second change may show that the first was none
 
 _inferred: dict[Class, Architecture] = {}
 _checked: dict[tuple[type[PreTrainedModel], str, frozenset[Growth], Method], str] = {}
@@ -153,6 +155,7 @@ def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Arch
     seen, model = tiny_model(model_class, small, spread=0.07), tiny_model(model_class, small)
     table = with_depth(replace(draft(seen), proven={}), seen, model)
     table = _first_exact(table, variants.of_hidden(table, small), model, "hidden")
+    table = _behind_norms(table, model)
     if "expert_ffn" in table.axes:
         table = _first_exact(table, variants.of_pairs(table), model, "expert_ffn")
     if any(axis.per_token for axis in table.axes.values()):
@@ -160,6 +163,34 @@ def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Arch
     if any(axis.role == "query" for axis in table.axes.values()):
         table = _first_exact(table, variants.of_head_dim(table, small), model, "query")
     return _with_verdicts(table, model)
+
+
+def _behind_norms(table: Architecture, model: PreTrainedModel) -> Architecture:
+    """The table with those rows changed that stand on the residual stream and, as the tiny model shows, do not.
+
+    Whole copies cannot tell: there the stream has the scale of what a norm makes of it.
+    """
+    field = table.axes["hidden"].size.split()[0]
+    fields = {field: int(1.5 * value_of(model.config, field))}
+    fields |= followers(table, model.config, fields)
+    best = trial(table, model, fields)
+    if best.verdict.exact or best.apart == inf:
+        return table
+    tried = []
+    for _ in range(PASSES):
+        start, seen = best.apart, set()
+        while more := next(((t, c) for t, c in variants.of_stream(table) if t not in seen), None):
+            told, candidate = more
+            found = trial(candidate, model, fields)
+            seen.add(told)
+            tried.append((f"hidden x1.5: {told}", found.verdict))
+            if found.apart < best.apart:
+                table, best = candidate, found
+            if best.verdict.exact:
+                break
+        if best.verdict.exact or best.apart == start:
+            break
+    return replace(table, candidates=(*table.candidates, *tried))
 
 
 def _with_verdicts(table: Architecture, model: PreTrainedModel) -> Architecture:
@@ -177,7 +208,7 @@ def _first_exact(
         size = value_of(model.config, field)
         fields = {} if size is None else {field: 2 * size}
         fields |= followers(candidate, model.config, fields, heads=axis == "hidden")
-        grew, verdict = trial(candidate, model, fields)
+        grew, verdict, _ = trial(candidate, model, fields)
         if verdict.exact and Growth(axis, "x2") not in grew:
             verdict = Verdict("refused", "it did not grow")
         tried.append((f"{axis} x2: {name}", verdict))

@@ -135,6 +135,8 @@ def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> Non
     if not state.grows(reader) and width % state.hidden:
         return  # a width of another part
     reading = read_rows(writers, width)
+    if reading.sizes.get("heads") == 1 and _is_in_scan(state, reader):
+        return  # what a scan makes of its own input and output maps
     names = {}
     kv_heads = reading.sizes.get("kv_heads")
     told = [v for f, v in flat(state.model.config).items() if re.search("key_value_heads|kv_heads", f)]
@@ -206,18 +208,37 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
         return (Dim(((_lookup(state, name, shape[0]),),), "read"), _dim(state, shape[1], "write", heads=True))
     if isinstance(module, CONVOLUTIONS):
         reads = tuple(_dim(state, size, "read") for size in shape[1:2])
-        return (_dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
+        write = _units_beside(state, name, shape[0]) if shape[1:2] in ((1,), ()) else None
+        return (write or _dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
     if isinstance(module, nn.MultiheadAttention) and not _is_elsewhere(state, name) and kind.startswith("in_proj"):
         write = Dim(_head_axes(state, name, module), "write")
         return (write, _dim(state, shape[1], "read")) if len(shape) == 2 else (write,)
     if len(shape) > 1 and shape[0] == _expert_count(state, name, module):
         return _expert_layout(state, name, kind, shape)
-    if len(shape) == 1 and shape[0] == state.hidden and state.stack_of(name):
-        return (Dim((("raw",),), "scale"),)  # such as a LayerScale
+    if len(shape) == 1 and shape[0] == state.hidden and not _is_elsewhere(state, name):
+        added = probe.is_added(state.model, state.seen, module.get_parameter(kind))
+        if added is False or (added is None and state.stack_of(name)):
+            return (Dim((("raw",),), "scale"),)  # such as a LayerScale
+    if units := _units_beside(state, f"{name}.{kind}", shape[0] if shape else 0):
+        return (units, *(FIXED,) * (len(shape) - 1))  # of each unit of a scan by itself
     # a linear map of its own kind, such as a router; what joins an image to the text writes the text's stream
     read = "weight" in kind and len(shape) == 2 and not _is_elsewhere(state, name)
     sides = [_dim(state, size, "read" if read and i else "write", heads=True) for i, size in enumerate(shape)]
     return tuple(_raw_if(state, name, dim) for dim in sides)
+
+
+def _is_in_scan(state: Draft, name: str) -> bool:
+    """Whether a convolution of single units stands beside a linear map: a scan reads what it gives."""
+    beside = state.model.get_submodule(name.rpartition(".")[0]).children()
+    return any(isinstance(m, nn.Conv1d) and m.groups == m.in_channels > 1 for m in beside)
+
+
+def _units_beside(state: Draft, name: str, size: int) -> Dim | None:
+    """The axis of this size that the linear maps beside a parameter read, where each of its units acts by itself."""
+    parent, hidden = state.key(name.rpartition(".")[0]), size == state.hidden
+    beside = {axes[0] for reader, axes in state.inputs.items() if reader.startswith(parent) and len(axes) == 1}
+    own = [axis for axis in beside if state.roles.get(axis) == "elementwise" and state.sizes[axis] == size]
+    return Dim(((own[0],),), "write") if own and not hidden and state.stack_of(name) else None
 
 
 def _dim(state: Draft, size: int, side: Any, heads: bool = False) -> Dim:
@@ -250,13 +271,16 @@ def _linear_layout(state: Draft, name: str, module: nn.Module, kind: str) -> Lay
         parts, by = state.outputs[state.key(name)]
         write = Dim(parts, "write", by)
     else:
-        write = _dim(state, features_out, "write")
+        never_ran = name not in state.seen.outputs
+        write = (_units_beside(state, name, features_out) if never_ran else None) or _dim(state, features_out, "write")
     if kind == "bias":
         return (write,)
     if state.key(name) in state.inputs:
         read = Dim((state.inputs[state.key(name)],), "read")
     else:
         read = _raw_if(state, name, _dim(state, features_in, "read"))
+        if read.parts == FIXED.parts and _is_in_scan(state, name):
+            read = replace(_units_beside(state, name, features_in) or read, side="read")
         if read.parts == FIXED.parts and not state.stack_of(name) and not _is_elsewhere(state, name):
             read = _side_by_side(state, features_in) or read
     return (read, write) if isinstance(module, Conv1D) else (write, read)

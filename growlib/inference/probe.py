@@ -109,6 +109,32 @@ def trace(model: PreTrainedModel) -> Trace:
     return seen
 
 
+@torch.no_grad()
+def is_added(model: PreTrainedModel, seen: Trace, parameter: nn.Parameter) -> bool | None:
+    """Whether a vector is added to what passes: a change of it moves every token alike. None where nothing sees it.
+
+    What sees it first says so: what a module reads, or else what it writes, as wide as the vector.
+    """
+    found: list[bool] = []
+
+    def look(name: str, module: nn.Module, given: Tensor | None, output: Any) -> None:
+        for now, before in ((given, seen.inputs.get(name)), (_tensor(output), seen.outputs.get(name))):
+            if found or now is None or before is None or now.shape != before.shape or now.shape[-1] != len(parameter):
+                continue
+            change = (now - before).reshape(-1, now.shape[-1])
+            if change.abs().max() > CHANGED * before.std():
+                found.append(bool((change - change[:1]).abs().max() < 1e-2 * change.abs().max()))
+
+    kept = parameter.clone()
+    parameter.add_(1 + kept.abs())
+    try:
+        with hooked(model, look):
+            model(**every_input(model)[0])
+    finally:
+        parameter.copy_(kept)
+    return found[0] if found else None
+
+
 def rows(tensor: Tensor) -> set[bytes]:
     """The vectors along the last dimension, as a set: equal sets are equal tensors but for the batch's shape."""
     flat = tensor.reshape(-1, tensor.shape[-1]).contiguous()
@@ -197,7 +223,10 @@ def _moved(output: Any, batch: int) -> Any:
     if tensor is None:
         return output
     copy = tensor.clone()
-    view = copy.view(batch, -1, batch - 1) if copy.numel() % (batch * (batch - 1)) == 0 else None
+    if _is_time_first(copy, batch):
+        view = copy.transpose(0, 1) if copy.shape[2] == batch - 1 else None
+    else:
+        view = copy.view(batch, -1, batch - 1) if copy.numel() % (batch * (batch - 1)) == 0 else None
     if view is None:
         return output
     each = torch.arange(batch - 1)
@@ -205,8 +234,15 @@ def _moved(output: Any, batch: int) -> Any:
     return (copy, *output[1:]) if isinstance(output, tuple) else copy
 
 
+def _is_time_first(tensor: Tensor, batch: int) -> bool:
+    """Whether tokens come before the batch, as in Longformer and FSMT: [tokens, batch, channels]."""
+    return tensor.ndim == 3 and tensor.shape[1] == batch != tensor.shape[0]
+
+
 def _by_batch(given: Tensor, batch: int) -> Tensor | None:
     """[batch, tokens, channels], or None where the tokens of a batch are not laid out so."""
+    if _is_time_first(given, batch):
+        given = given.transpose(0, 1)
     count = given.numel() // given.shape[-1]
     return given.reshape(batch, -1, given.shape[-1]) if count % batch == 0 else None
 

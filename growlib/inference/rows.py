@@ -23,10 +23,10 @@ class Reading:
 def read_rows(writers: dict[str, list[Row]], width: int) -> Reading:
     """What the input channels [width] of a linear map are, from the rows that move them."""
     moved = [row for rows in writers.values() for row in rows]
+    if max(int(row.channels.sum()) for row in moved) == 1:  # elsewhere too: behind a scan, which takes units one by one
+        return _units(writers, width)
     if any(row.elsewhere for row in moved):
         return _attention(writers, width)
-    if max(int(row.channels.sum()) for row in moved) == 1:
-        return _units(writers, width)
     raise Unresolved
 
 

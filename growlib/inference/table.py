@@ -59,7 +59,7 @@ def _only_hidden(state: Draft, base: Skeleton, others: list[Build]) -> None:
             for name, shape in skeleton.shapes.items()
             for row in [state.row_of(skeleton.base(name))]
             for i, (dim, length) in enumerate(zip(state.rows.get(row, ()), shape, strict=False))
-            if dim.parts == (("hidden",),) and length != value_of(skeleton.config, field)
+            if set(dim.parts) == {("hidden",)} and length != len(dim.parts) * value_of(skeleton.config, field)
         }
 
     for row, i in min(map(chance, fields), key=len, default=set()):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.config import DERIVED_FIELDS
 from growlib.errors import GrowError
-from growlib.inference import tiny_parts
+from growlib.inference import smaller, tiny_parts
 from growlib.inference.tiny_layers import few_layers, layer_counts, small_by_number, with_all_kinds, without_derived
 from growlib.media import media_in, wanted
 from growlib.outputs import every_input, outputs
@@ -23,7 +24,7 @@ SIZES = {
     2: "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok num_experts_per_token moe_topk",
     24: "head_dim d_kv kv_channels attention_head_size qk_nope_head_dim",
     20: "v_head_dim",
-    16: "mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size",
+    16: "d_head mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size",
     8: "qk_rope_head_dim num_local_experts num_experts n_routed_experts rotary_dim moe_num_experts patch_size",
     12: "kv_lora_rank",
     28: "q_lora_rank",
@@ -32,9 +33,11 @@ SIZES = {
     56: "shared_expert_intermediate_size shared_intermediate_size block_ff_dim",
     96: "max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len",
     3: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers",
-    101: "vocab_size vocab_size_per_layer_input",
-    32: "image_size hidden_size_per_layer_input",
+    101: "vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input",
+    32: "image_size hidden_size_per_layer_input qk_head_dim",
     5: "num_shared_experts n_shared_experts",
+    7: "num_register_tokens",
+    6: "attention_window",
     1: "first_k_dense_replace n_group num_expert_group topk_group num_dense_layers moe_layer_start_index",
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
@@ -52,11 +55,19 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
     """
     asked = f"building a tiny {model_class.__name__}"
     wrong: Exception | None = None
+    less: dict[str, Any] = {}
+    tried: list[dict[str, Any]] = []
     for fields in _small_fields(config):
+        if fields in tried:
+            continue
+        tried.append(fields)
         try:
-            small = rebuilt(config, fields)
-            with torch.device("meta"):
-                count = sum(p.numel() for p in model_class(copy.deepcopy(small)).parameters())
+            small = rebuilt(config, {**fields, **less})
+            count = smaller.count_of(model_class, small)
+            if count > LARGEST and not less:
+                less = smaller.lessened(model_class, small, LARGEST, SIZE_OF)
+                small = rebuilt(config, {**fields, **less})
+                count = smaller.count_of(model_class, small)
             small = with_all_kinds(model_class, small, LAYERS)
             if count <= LARGEST:
                 model = tiny_model(model_class, small)
@@ -85,10 +96,10 @@ def _small_fields(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     text = text_part(config)
     own = text_of(config)
     before = {**own.to_dict()}
-    counts = layer_counts(own, LAYERS)
+    counts, parts = layer_counts(own, LAYERS), bool(parts_of(config))
     once, twice = (_small(before, counts, of_each) for of_each in (1, 2))
-    tried = [(once, more) for more in _variants(once, bool(parts_of(config)))]
-    tried += [(twice, more) for more in _variants(twice, bool(parts_of(config))) if once != twice]
+    tried = [(once, more) for more in _variants(own, once, parts)]
+    tried += [(twice, more) for more in _variants(own, twice, parts) if once != twice]
     for fields, more in tried:
         small = small_by_number({**fields, **more}, before)
         if not parts_of(config):
@@ -106,8 +117,8 @@ def _small_fields(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
         yield from tiny_parts.small_parts(config, named, before.get(width, 0), small.get(width, 0))
 
 
-def _variants(fields: Mapping[str, Any], parts: bool) -> list[dict[str, Any]]:
-    """What else some classes need: another head_dim, no groups of heads, fields that are not set."""
+def _variants(own: PreTrainedConfig, fields: Mapping[str, Any], parts: bool) -> list[dict[str, Any]]:
+    """What else some classes need: another head_dim, no groups of heads, fields that are not set or follow others."""
     head_dim: dict[str, Any] = {"head_dim": 16} if "head_dim" in fields else {}
     no_groups: dict[str, Any] = {name: 4 for name in KV_HEADS if name in fields}
     unset = {name: SIZE_OF[name] for name, value in fields.items() if value is None and name in SIZE_OF}
@@ -128,7 +139,22 @@ def _variants(fields: Mapping[str, Any], parts: bool) -> list[dict[str, Any]]:
         unset | head_dim,
         scanned,
         *([sections | head_dim] if sections and parts else []),
+        *_several([smaller.derived(own, fields, SIZE_OF), no_groups, unset, scanned, _first_of_many(fields)]),
     ]
+
+
+def _several(variants: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One of them, or several together."""
+    for count in range(1, 4):
+        for chosen in combinations([variant for variant in variants if variant], count):
+            yield {name: value for variant in chosen for name, value in variant.items()}
+
+
+def _first_of_many(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A default that is not set, of a list of possible ones: the language of a model of several (X-MOD)."""
+    unset = [name for name, value in fields.items() if value is None and name.startswith("default_")]
+    lists = {name: fields.get(name.removeprefix("default_") + "s") for name in unset}
+    return {name: values[0] for name, values in lists.items() if isinstance(values, list | tuple) and values}
 
 
 def _small(before: Mapping[str, Any], counts: Mapping[str, int], of_each: int) -> dict[str, Any]:
@@ -143,6 +169,8 @@ def _small(before: Mapping[str, Any], counts: Mapping[str, int], of_each: int) -
             fields[name] = 64  # a field that says the hidden size again goes on to do so
         elif isinstance(value, int) and SIZE_OF.get(name, 3) != 3:
             fields[name] = min(value, SIZE_OF[name]) if SIZE_OF[name] < 4 else SIZE_OF[name]
+        elif isinstance(value, list) and SIZE_OF.get(name, 3) != 3:
+            fields[name] = [SIZE_OF[name]] * len(value)  # a size of each layer
         elif name.endswith("_token_id") and value is not None:
             fields[name] = 0
     if "qk_rope_head_dim" in fields and "head_dim" in fields:

@@ -6,8 +6,9 @@ from itertools import product
 
 from transformers import PreTrainedConfig
 
-from growlib.architectures.schema import Architecture, Axis, size_of
-from growlib.layouts import Dim
+from growlib.architectures.schema import Architecture, Axis, Stack, size_of
+from growlib.layouts import Dim, Layout
+from growlib.maps import Side
 from growlib.parts import text_part, value_of
 
 ROTARY_SHARES = (
@@ -25,13 +26,97 @@ def of_hidden(table: Architecture, config: PreTrainedConfig) -> Iterator[tuple[s
     others = {name: wide for name, wide in table.follows.items() if wide != hidden}
     same = {n: hidden for n in table.follows.keys() - others if value_of(config, n) == value_of(config, hidden)}
     heads = dict.fromkeys(table.follows.keys() - others - same.keys(), hidden)
-    scales = {"": (0.0, 0.0), ", embeddings times sqrt(hidden)": (0.5, 0.0), ", head over sqrt(hidden)": (0.0, -0.5)}
+    scales = {
+        "": (0.0, 0.0),
+        ", embeddings times sqrt(hidden)": (0.5, 0.0),
+        ", head over sqrt(hidden)": (0.0, -0.5),
+        ", head over hidden": (0.0, -1.0),
+    }
     for (name, powers), follows in product(scales.items(), (same | heads, same) if heads else (same,)):
         told = "heads grow with it" if follows != same else "heads stay"
         yield (
             told + name,
             replace(table, embedding_power=powers[0], head_power=powers[1], follows=others | follows),
         )
+
+
+def of_stream(table: Architecture) -> Iterator[tuple[str, Architecture]]:
+    """Tables in which one row stands elsewhere on the residual stream than it seems to.
+
+    It reads what a norm gave, is added and scales nothing or the other way round, scales what another row writes
+    (LayerScale), is a convolution of each channel; or an axis of the width gates what a norm gave.
+    """
+    scales = [n for n, dims in table.tensors.items() if len(dims) == 1 and dims[0] == Dim((("raw",),), "scale")]
+    scales = [row for row in scales if not _is_norm(table, row)]
+    for stack in table.stacks:
+        own = [row for row in scales if row.startswith(stack.block)]
+        if own and len(own) == len(stack.writers):
+            weighed = {row: w for s, w in zip(stack.writers, own, strict=True) for row in _rows_of(table, stack, s)}
+            yield f"{' and '.join(own)} scale what is written, in their order", replace(table, weighed=weighed)
+    for row, layout in table.tensors.items():
+        raw = [dim for dim in layout if dim.parts == (("raw",),)]
+        if raw and raw[0].side == "read":
+            yield f"{row} reads what a norm gave", _with_row(table, row, _on(layout, "hidden", "read"))
+        elif raw and len(layout) == 1 and not _is_norm(table, row):
+            yield f"{row} is added", _with_row(table, row, _on(layout, "hidden", "write"))
+            yield from _scaling(table, row)
+        elif layout and layout[0] == Dim((("hidden",),), "write") and len(layout) == 1 and not row.endswith(".bias"):
+            yield f"{row} scales", _with_row(table, row, _on(layout, "raw", "scale"))
+        elif len(layout) > 2 and layout[0] == Dim((("hidden",),), "write") and len({d.parts for d in layout[1:]}) == 1:
+            yield f"{row} acts on each channel", _with_row(_channels(table), row, _on(layout, "channel", "write"))
+    width = table.axes["hidden"].size
+    for name, axis in table.axes.items():
+        if axis.role == "elementwise" and axis.size == width and name != "channel":
+            yield f"{name} gates what a norm gave", _gating(table, name)
+
+
+def _is_norm(table: Architecture, row: str) -> bool:
+    """Whether a scale has a shift beside it."""
+    beside = [table.tensors.get(f"{row.rpartition('.')[0]}.bias", ())]
+    return any(layout and layout[0].side == "shift" for layout in beside)
+
+
+def _scaling(table: Architecture, row: str) -> Iterator[tuple[str, Architecture]]:
+    """The row scales what one of a block's writers writes."""
+    for stack in table.stacks:
+        for writer in stack.writers if row.startswith(stack.block) else ():
+            rows = _rows_of(table, stack, writer)
+            changed = {name: scale for name, scale in table.weighed.items() if scale != row} | dict.fromkeys(rows, row)
+            yield f"{row} scales what {writer} writes", replace(table, weighed=changed)
+
+
+def _rows_of(table: Architecture, stack: Stack, module: str) -> list[str]:
+    return [row for row in table.tensors if row.startswith(f"{stack.block}{module}.")]
+
+
+def _channels(table: Architecture) -> Architecture:
+    """The table with an axis for what acts on each channel of the stream by itself."""
+    return replace(table, axes={**table.axes, "channel": Axis(table.axes["hidden"].size, "elementwise")})
+
+
+def _gating(table: Architecture, name: str) -> Architecture:
+    """What reads the axis reads the width, and what writes it acts on each channel."""
+    rows = {}
+    for row, layout in table.tensors.items():
+        rows[row] = tuple(
+            dim if dim.parts != ((name,),) else Dim((("hidden" if dim.side == "read" else "channel",),), dim.side)
+            for dim in layout
+        )
+    made = replace(_channels(table), tensors=rows)
+    left = {axis for layout in rows.values() for dim in layout for part in dim.parts for axis in part}
+    return replace(made, axes={n: axis for n, axis in made.axes.items() if n != name or n in left})
+
+
+def _on(layout: Layout, axis: str, side: Side) -> Layout:
+    """The layout with another axis where the stream is."""
+    return tuple(Dim(((axis,),), side) if dim.parts in ((("raw",),), (("hidden",),)) else dim for dim in layout)
+
+
+def _with_row(table: Architecture, row: str, layout: Layout) -> Architecture:
+    used = {**table.axes}
+    if layout[0].parts == (("raw",),):
+        used.setdefault("raw", Axis(table.axes["hidden"].size, "unscaled"))
+    return replace(table, tensors={**table.tensors, row: layout}, axes=used)
 
 
 def of_experts(table: Architecture) -> Iterator[tuple[str, Architecture]]:

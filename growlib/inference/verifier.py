@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,11 @@ SEEDS = (1, 2)  # of the inputs
 
 
 class Trial(NamedTuple):
-    """One growth of the tiny model: what grew, and the verdict."""
+    """One growth of the tiny model: what grew, the verdict, and by how much the outputs differ."""
 
     grew: frozenset[Growth]
     verdict: Verdict
+    apart: float = inf
 
 
 def trial(
@@ -56,8 +58,8 @@ def trial(
         lines = str(failure.__cause__ or failure).strip().splitlines() or [type(failure).__name__]
         return Trial(frozenset(), Verdict("refused", lines[-1].strip()))
     if worst <= TOLERANCE:
-        return Trial(grew, EXACT)
-    return Trial(grew, Verdict("inexact", f"a tiny model differs by {worst:.1g} of its outputs' spread"))
+        return Trial(grew, EXACT, worst)
+    return Trial(grew, Verdict("inexact", f"a tiny model differs by {worst:.1g} of its outputs' spread"), worst)
 
 
 def apart(model: PreTrainedModel, grown: PreTrainedModel, seed: int) -> float:
@@ -117,9 +119,9 @@ def verdicts(table: Architecture, model: PreTrainedModel) -> dict[Growth, Verdic
     wrong: dict[Growth, Verdict] = {}
     together: dict[str, int] = {}
     for growth, options in growths(table, model.config):
-        grew, verdict = Trial(frozenset(), EXACT)
+        grew, verdict, _ = Trial(frozenset(), EXACT)
         for fields in options:
-            grew, verdict = trial(table, model, fields)
+            grew, verdict, _ = trial(table, model, fields)
             if growth in grew:
                 break
         if not verdict.exact:
