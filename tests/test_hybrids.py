@@ -22,7 +22,11 @@ PATTERN = ["linear_attention", "moe", "linear_attention", "full_attention", "lin
 KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
 
 QUICK = {  # what decides depth -> a class, its config, and depths
-    "a layer's number": ("DiffLlamaForCausalLM", DECODER, [{"num_hidden_layers": 6}, {"num_hidden_layers": 8}]),
+    "a layer's number": (
+        "DiffLlamaForCausalLM",
+        DECODER,
+        [{"num_hidden_layers": 6}, {"num_hidden_layers": 8, "intermediate_size": 100}],
+    ),
     "branches scaled by the depth": ("EsmcForMaskedLM", ENCODER, [{"num_hidden_layers": 6}, {"num_hidden_layers": 9}]),
     "scales on the stream": ("DogeForCausalLM", DECODER, [{"num_hidden_layers": 6}]),
 }
@@ -33,7 +37,7 @@ SLOW = {
             **{**DECODER, **EXPERTS, "num_hidden_layers": 6, "num_dense_layers": 2},
             "layer_types": ["conv", "conv", "full_attention"] * 2,
         },
-        [{"num_hidden_layers": 9}, {"num_hidden_layers": 8, "hidden_size": 96, "num_attention_heads": 8}],
+        [{"num_hidden_layers": 9}, {"num_hidden_layers": 8}],
     ),
     "a period of its own for attention and for mixtures": (
         "JambaForCausalLM",
