@@ -6,7 +6,6 @@ import transformers as T
 from tiny import randomise
 
 import growlib
-from growlib.inference import infer
 from growlib.layer_fields import followed, kinds_said
 from growlib.outputs import distance, every_input, outputs
 from growlib.planner import _places
@@ -22,7 +21,11 @@ PATTERN = ["linear_attention", "moe", "linear_attention", "full_attention", "lin
 KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
 
 QUICK = {  # what decides depth -> a class, its config, and depths
-    "a layer's number": ("DiffLlamaForCausalLM", DECODER, [{"num_hidden_layers": 6}, {"num_hidden_layers": 8}]),
+    "a layer's number": (
+        "DiffLlamaForCausalLM",
+        DECODER,
+        [{"num_hidden_layers": 6}, {"num_hidden_layers": 8, "intermediate_size": 100}],
+    ),
     "branches scaled by the depth": ("EsmcForMaskedLM", ENCODER, [{"num_hidden_layers": 6}, {"num_hidden_layers": 9}]),
     "scales on the stream": ("DogeForCausalLM", DECODER, [{"num_hidden_layers": 6}]),
 }
@@ -33,7 +36,7 @@ SLOW = {
             **{**DECODER, **EXPERTS, "num_hidden_layers": 6, "num_dense_layers": 2},
             "layer_types": ["conv", "conv", "full_attention"] * 2,
         },
-        [{"num_hidden_layers": 9}, {"num_hidden_layers": 8, "hidden_size": 96, "num_attention_heads": 8}],
+        [{"num_hidden_layers": 9}, {"num_hidden_layers": 8}],
     ),
     "a period of its own for attention and for mixtures": (
         "JambaForCausalLM",
@@ -162,14 +165,6 @@ def test_layers_of_a_kind_that_the_source_lacks_are_drawn():
     assert drawn.q_proj.weight.std() > 0
     assert not drawn.o_proj.weight.any()
     assert apart(small, big) < 1e-5
-
-
-@pytest.mark.slow
-def test_a_mixture_with_experts_that_pass_their_input_on_is_no_identity():
-    """LongCat's router may choose an expert of no weights: zeros elsewhere do not make its block the identity."""
-    found = infer(T.LongcatFlashConfig())
-    assert not growlib.plan(T.LongcatFlashConfig(), {"num_layers": 30}).exact
-    assert found.stacks[0].layers == "num_layers"
 
 
 def test_new_blocks_have_no_path_of_zeros_alone():

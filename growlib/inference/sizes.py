@@ -61,16 +61,26 @@ def builds(model_class: type[PreTrainedModel], base: Skeleton) -> list[Build]:
     return built_with
 
 
-def changed(config: PreTrainedConfig, fields: Mapping[str, Any], sources: LayerSources = evenly) -> PreTrainedConfig:
-    """The config with other values; what says something of each layer follows the layers that grow."""
+def changed(
+    config: PreTrainedConfig,
+    fields: Mapping[str, Any],
+    stacks: Collection[str] = (),
+    sources: LayerSources = evenly,
+) -> PreTrainedConfig:
+    """The config with other values; what says something of each layer follows the layers that grow.
+
+    `stacks` are fields known to count layers. A field of an unknown name may do so: lists of its length follow it.
+    """
     values = {name: value for name, value in flat(config).items() if last_word(name) not in DERIVED_FIELDS}
     links = same_width(config)
     fields = {**{link: fields[width] for link, width in links.items() if width in fields}, **fields}
     for name, new in fields.items():
         old = values.get(name, value_of(config, name))
-        counts_layers = SIZE_OF.get(last_word(name), 3) == 3
+        counts_layers = name in stacks or SIZE_OF.get(last_word(name), 3) == 3
         if counts_layers and isinstance(old, int) and isinstance(new, int) and new > old > 1:
-            follow_layers(values, name, old, sources(name, old, new), fields)
+            certain = name in stacks or last_word(name) in LAYERS
+            kept = {n for n, v in values.items() if not certain and not (isinstance(v, list) and len(v) == old)}
+            follow_layers(values, name, old, sources(name, old, new), {*fields, *kept})
     return rebuilt(config, {**values, **fields})
 
 

@@ -40,7 +40,7 @@ def trial(
             known = counted in stacks
             return layer_map(method(chosen), stacks[counted], old, new).source if known else evenly(counted, old, new)
 
-        target = changed(model.config, fields, sources)
+        target = changed(model.config, fields, stacks, sources)
         wide = skeleton_of(type(model), target)
         plan = make_plan(Request(table, method(chosen), 0, skeleton(model), wide))
         grew = frozenset(
