@@ -200,14 +200,21 @@ def settled(source: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str,
     fields = flat(source)
     for key, value in overrides.items():
         if key not in fields and isinstance(getattr(type(source), key, None), property):
-            config = copy.deepcopy(source)
-            setattr(config, key, value)
-            moved = {name: new for name, new in flat(config).items() if fields.get(name) != new}
-            if getattr(config, key) == value and moved:
-                made |= moved
-                continue
-        made[key] = value
+            made |= _moved(source, fields, key, value) or {key: value}
+        else:
+            made[key] = value
     return made
+
+
+def _moved(source: PreTrainedConfig, fields: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The fields that change where a derived one is set; none where it cannot be set, or stays."""
+    config = copy.deepcopy(source)
+    try:
+        setattr(config, key, value)
+    except (*_INVALID, AttributeError, NotImplementedError):  # ProphetNet names the fields to set instead
+        return {}
+    changes = {name: new for name, new in flat(config).items() if fields.get(name) != new}
+    return changes if getattr(config, key) == value else {}
 
 
 def _no_field(

@@ -6,9 +6,12 @@ import pytest
 import torch
 import transformers as T
 from tiny import randomise
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import growlib
+from growlib import GrowError
 from growlib.apply import grow_tensor
+from growlib.config import settled
 from growlib.growth_plan import TensorPlan
 from growlib.inference import smaller
 from growlib.inference.probe import is_added, trace
@@ -130,3 +133,16 @@ def test_the_mean_of_what_a_layer_scale_scales_is_weighed():
     wanted = scale * (weights[:, None] * source).mean(0) / (2 * weights.mean())
     assert torch.allclose(grown[8:], wanted.expand(4, 5), atol=1e-6)
     assert torch.equal(grown[:8], grow_tensor(replace(made, weigher=None), source, plan)[:8])
+
+
+def test_what_a_config_derives_and_does_not_let_be_set_stays_as_asked():
+    """Over all config classes: properties that answer with an error are no fields."""
+    for config_class in dict.fromkeys(CONFIG_MAPPING.values()):
+        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+            if isinstance(getattr(config_class, name, None), property):
+                assert settled(config_class(), {name: 7})
+
+
+def test_a_class_without_a_width_says_so():
+    with pytest.raises(GrowError, match="no config field says how wide its blocks are"):
+        growlib.infer(T.PvtConfig())

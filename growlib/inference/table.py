@@ -24,13 +24,13 @@ def table_of(state: Draft, base: Skeleton, others: list[Build]) -> Architecture:
     bound = [b.field for b in others if b not in alike and value_of(base.config, b.field) == state.hidden]
     _only_hidden(state, base, alike)
     sizes = choose(state.sizes, hints, state.rows, state.row_of, base, alike)
-    if "hidden" not in sizes:
-        asked = f"inferring the table of {type(state.model).__name__}"
-        raise GrowError(asked, "no config field says how wide its blocks are", "a table in growlib/architectures")
     state.rows = {row: tuple(_known(dim, sizes) for dim in layout) for row, layout in state.rows.items()}
     used = {axis for layout in state.rows.values() for dim in layout for part in dim.parts for axis in part}
     known = [name for name in state.sizes if name in used and name in sizes]
     axes = {name: Axis(sizes[name], _role(state, name), _groups(state, name, sizes)) for name in known}
+    if "hidden" not in axes:
+        asked = f"inferring the table of {type(state.model).__name__}"
+        raise GrowError(asked, "no config field says how wide its blocks are", "a table in growlib/architectures")
     per_token, routed = _per_token(base.config, axes)
     axes |= per_token
     return Architecture(
