@@ -375,7 +375,7 @@ def test_heads_in_a_long_training_are_those_of_the_runs():
     ("heading", "runs"),
     [
         ("Enough text", ["seed-0", "seed-1", "seed-2"]),
-        ("A better teacher", ["teacher-0", "teacher-1"]),
+        ("A better teacher", ["teacher-0", "teacher-1", "teacher-2"]),
         ("Three times", ["long-0"]),
     ],
 )
