@@ -116,6 +116,7 @@ def test_a_micro_batch_without_labels_changes_nothing(tmp_path):
         assert all(torch.tensor(value).isfinite() for value in trainer.state.log_history[0].values())
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
     script = Path(__file__).with_name("ki_two_processes.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}

@@ -197,6 +197,7 @@ def test_images_of_other_classes_are_refused(tmp_path):
         task_of(vit(0, 16, problem_type="multi_label_classification"))
 
 
+@pytest.mark.slow
 def test_a_teacher_on_another_device():
     """In a process of its own, which has a second device without values."""
     script = Path(__file__).with_name("ki_two_devices.py")

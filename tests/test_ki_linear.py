@@ -202,7 +202,9 @@ def test_a_mismatch_of_positions_is_named():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k in ("bucket", "projection") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_compiled_it_is_one_graph_for_a_whole_schedule(kind):
     """No graph break (`fullgraph`), no second graph when α or the number of labels that count changes."""
     case = Case(kind)

@@ -32,10 +32,10 @@ MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\neva
 @pytest.mark.parametrize(
     ("recipe", "count"),
     [
-        (generations, 7),
+        pytest.param(generations, 7, marks=pytest.mark.slow),
         pytest.param(domain_adaptation, 38, marks=pytest.mark.slow),
         pytest.param(teacher_factors, 13, marks=pytest.mark.slow),
-        (estimators, 6),
+        pytest.param(estimators, 6, marks=pytest.mark.slow),
         (ki_ablations, 21),
     ],
 )
@@ -76,6 +76,7 @@ def test_a_study_is_of_as_many_seeds_as_asked(tmp_path, capsys):
         assert "nothing can be written there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sparse_targets_of_a_real_model_point_where_the_whole_distribution_points(tmp_path):
     """A head with draws beats a top-K of more bytes, and its angle falls with the positions; a top-K's does not.
 
