@@ -199,7 +199,8 @@ def settled(source: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str,
     made: dict[str, Any] = {}
     fields = flat(source)
     for key, value in overrides.items():
-        if key not in fields and isinstance(getattr(type(source), key, None), property):
+        own = not hasattr(PreTrainedConfig, key)  # not num_labels, which all configs derive
+        if key not in fields and own and isinstance(getattr(type(source), key, None), property):
             made |= _moved(source, fields, key, value) or {key: value}
         else:
             made[key] = value

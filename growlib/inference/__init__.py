@@ -171,7 +171,9 @@ def _behind_norms(table: Architecture, model: PreTrainedModel) -> Architecture:
     Whole copies cannot tell: there the stream has the scale of what a norm makes of it.
     """
     field = table.axes["hidden"].size.split()[0]
-    fields = {field: int(1.5 * value_of(model.config, field))}
+    if not isinstance(width := value_of(model.config, field), int):
+        return table  # one of several widths
+    fields = {field: int(1.5 * width)}
     fields |= followers(table, model.config, fields)
     best = trial(table, model, fields)
     if best.verdict.exact or best.apart == inf:
