@@ -87,7 +87,7 @@ def plan(options: argparse.Namespace) -> int:
     try:
         growth = _plan(options)
     except GrowError as error:
-        offer = _nearest(options)
+        offer = "" if isinstance(error.__cause__, OSError) else _nearest(options)  # not a target that cannot be read
         raise GrowError(error.asked, error.wrong, f"{error.valid}; {offer}" if offer else error.valid) from error
     if options.save:
         growth.save(options.save)
@@ -105,7 +105,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def _nearest(options: argparse.Namespace) -> str:
     """The exact growth that is nearest to what the options ask for, in words; empty where none is found."""
-    if options.plan:
+    if options.plan or (options.config and (options.set or options.scale)):
         return ""
     try:
         found = nearest_exact(options.source, _target(options), options.method or "lossless")

@@ -361,7 +361,7 @@ def test_the_differences_of_starts_are_those_of_the_runs():
 
 
 def test_heads_in_a_long_training_are_those_of_the_runs():
-    section = (DOCS / "results/defaults.md").read_text().split("## Heads, in a long")[1]
+    section = (DOCS / "results/defaults.md").read_text().split("## Heads, in a long")[1].split("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.endswith(" |") and "." in line]
     runs = json.loads((DOCS / "results/defaults/heads.json").read_text())
     assert len(rows) == len(runs) == 5
@@ -369,6 +369,15 @@ def test_heads_in_a_long_training_are_those_of_the_runs():
         assert (start, float(rate)) == (run["start"], run["learning_rate"])
         at = {point["step"]: point["eval_loss"] for point in run["curve"]}
         assert [float(loss) for loss in losses] == pytest.approx([at[s] for s in (600, 1200, 1800, 2400)], abs=6e-4)
+
+
+def test_the_rates_are_those_of_the_runs():
+    section = (DOCS / "results/defaults.md").read_text().split("## The learning rate, GPT-2")[1]
+    runs = json.loads((DOCS / "results/defaults/rates.json").read_text())["runs"]
+    for name, row in {"small": "small model", "scratch": "scratch", "weights": "weights"}.items():
+        losses = [run["loss"] for run in runs if run["name"] == name and run["learning_rate"] != 6e-3]
+        (cells,) = re.findall(rf"^\| {row} \| (.*) \|$", section, re.MULTILINE)
+        assert [float(cell.strip("*")) for cell in cells.split(" | ")] == pytest.approx(losses, abs=6e-4)
 
 
 @pytest.mark.parametrize(

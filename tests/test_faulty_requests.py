@@ -66,7 +66,7 @@ def test_sizes_that_cannot_be_are_refused_at_once(field, size, as_config):
 
 
 @given(st.dictionaries(st.sampled_from(SIZES), st.integers(-(10**13), 10**13) | JSON, min_size=1, max_size=3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_any_target_is_planned_or_refused(target):
     with suppress(GrowError):
         growlib.plan(tiny("llama").config, target)

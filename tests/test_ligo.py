@@ -289,6 +289,7 @@ print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in big.paramete
 """
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_map_in_every_process():
     """Sets of names have another order in each process."""
     found = set()

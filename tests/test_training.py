@@ -188,6 +188,7 @@ def test_new_entries_follow_a_schedule_of_their_own(tmp_path):
         np.testing.assert_allclose(big.get_parameter(name).detach().numpy(), value, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_rates_of_entries_under_fsdp2(tmp_path):
     """A process that holds a part of a tensor knows which of its entries are new."""
     both = two_processes("rates_sharded.py", tmp_path)
