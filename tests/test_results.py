@@ -1,0 +1,69 @@
+"""The tables of docs/results say what the JSON beside them says."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_the_differences_of_starts_are_those_of_the_runs():
+    """docs/results/defaults.md: each cell is the difference of two runs in its JSON."""
+    known = ("steps", "arm", "model", "variant", "lr", "seed", "start", "final", "curve")
+    losses = {}
+    for run in json.loads((DOCS / "results/defaults/defaults.json").read_text()):
+        if (run["steps"], run["arm"], run["lr"]) == (320, "weights", 6e-3):
+            more = {key: value for key, value in run.items() if key not in known}
+            start = f"`{run['variant']}{' ' + json.dumps(more, sort_keys=True) if more else ''}`"
+            losses[run["model"], start, run["seed"]] = run["final"]
+    page = (DOCS / "results/defaults.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(rows) > 20
+    for _, model, this, against, *cells in rows:
+        for seed, cell in enumerate(cell for cell in cells if cell.strip(" |")):
+            difference = losses[model, this, seed] - losses[model, against, seed]
+            assert float(cell) == pytest.approx(difference, abs=6e-4), (this, against, seed)
+
+
+def test_heads_in_a_long_training_are_those_of_the_runs():
+    section = (DOCS / "results/defaults.md").read_text().split("## Heads, in a long")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.endswith(" |") and "." in line]
+    runs = json.loads((DOCS / "results/defaults/heads.json").read_text())
+    assert len(rows) == len(runs) == 5
+    for (start, rate, *losses), run in zip(rows, runs, strict=True):
+        assert (start, float(rate)) == (run["start"], run["learning_rate"])
+        at = {point["step"]: point["eval_loss"] for point in run["curve"]}
+        assert [float(loss) for loss in losses] == pytest.approx([at[s] for s in (600, 1200, 1800, 2400)], abs=6e-4)
+
+
+def test_the_rates_are_those_of_the_runs():
+    found = json.loads((DOCS / "results/defaults/rates.json").read_text())["runs"]
+    for name, row in {"small": "small model", "scratch": "scratch", "weights": "weights"}.items():
+        cells = re.search(rf"^\| {row} \| (.*) \|$", (DOCS / "results/defaults.md").read_text(), re.MULTILINE)[1]
+        losses = [run["loss"] for run in found if run["name"] == name and run["learning_rate"] != 6e-3]
+        assert [float(cell.strip("*")) for cell in cells.split(" | ")] == pytest.approx(losses, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("heading", "runs"),
+    [
+        ("Enough text", ["seed-0", "seed-1", "seed-2"]),
+        ("A better teacher", ["teacher-0", "teacher-1", "teacher-2"]),
+        ("Three times", ["long-0"]),
+    ],
+)
+def test_the_demo_says_what_its_runs_say(heading, runs):
+    """docs/results/demo.md: losses are those of the JSON, their mean first where there are several runs."""
+    section = (DOCS / "results/demo.md").read_text().split(f"## {heading}")[1].split("\n## ")[0]
+    rows = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in section.splitlines() if line[:2] == "| "
+    }
+    found = [json.loads((DOCS / f"results/demo/{run}.json").read_text()) for run in runs]
+    arms = [run["arms"] | ({"small, trained on": run["reference"]} if run["reference"] else {}) for run in found]
+    assert arms[0].keys() <= rows.keys()
+    for name in set.intersection(*map(set, arms)):
+        losses = [arm[name]["final_eval_loss"] for arm in arms]
+        expected = [sum(losses) / len(losses), *losses] if len(losses) > 1 else losses
+        assert [float(cell) for cell in rows[name][: len(expected)]] == pytest.approx(expected, abs=6e-4), name
