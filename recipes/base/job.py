@@ -21,6 +21,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from base import flops, store, text
+from base.aids import Aid
 from base.library import load_checkpoint
 from base.setting import Training
 from base.start import Checkpoint, Continued, Fresh, Grown
@@ -45,6 +46,7 @@ class Job:
         knowledge: the fields of `KIConfig` beside the teachers.
         keeps_model: whether the trained model is kept, or its curve alone.
         growths: of the model inside the training.
+        aid: what new entries need, where they do not train as the others do.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Job:
     knowledge: Mapping[str, Any] = field(default_factory=dict)
     keeps_model: bool = False
     growths: GrowthSchedule | None = None
+    aid: Aid | None = None
 
     @property
     def sequences(self) -> int:
@@ -101,6 +104,7 @@ class Job:
             "knowledge": dict(self.knowledge) if self.teachers else None,
             "keeps_model": self.keeps_model,
             **({"growths": _told(self.growths)} if self.growths else {}),
+            **({"aid": self.aid.decided_by()} if self.aid else {}),
         }
 
 
@@ -156,6 +160,7 @@ def run(job: Job, folder: Path) -> Finished:
         seed=job.seed,
         ki=ki,
         growths=job.growths,
+        aid=job.aid,
     )
     forwards, model = _forwards(job, model), done.model
     losses = {domain: done.curve[-1][1]}

@@ -20,6 +20,7 @@ from transformers import (
     default_data_collator,
 )
 
+from base.aids import Aid
 from base.setting import Training
 from base.text import OfDomains, Ordered
 from growlib import GrowError, GrowthSchedule, KIConfig, KITrainer
@@ -74,12 +75,14 @@ def train(
     seed: int,
     ki: KIConfig | None = None,
     growths: GrowthSchedule | None = None,
+    aid: Aid | None = None,
 ) -> Run:
     """Train a model in place for as many steps as its blocks last, in the blocks' own order.
 
     Args:
         ki: the teacher's part; None is the stock HF Trainer.
         growths: of the model inside the training. Its loss is evaluated before and after each.
+        aid: what new entries need, where they do not train as the others do.
     """
     steps = len(train_blocks) // training.batch_size
     curve = CurveCallback(name, steps, training.evaluations)
@@ -89,8 +92,10 @@ def train(
 
         def make_trainer(model: PreTrainedModel) -> Trainer:
             arguments = _arguments(training, steps, learning_rate, seed, folder[0])
-            trainer = _trainer(model, arguments, train_blocks, held_out_blocks, tokenizer, ki)
-            trainer.add_callback(curve)
+            callbacks, optimizer = aid.prepare(model, training, learning_rate) if aid else ([], None)
+            trainer = _trainer(model, arguments, train_blocks, held_out_blocks, tokenizer, ki, optimizer)
+            for callback in (*callbacks, curve):
+                trainer.add_callback(callback)
             return trainer
 
         start = time.perf_counter()
@@ -124,6 +129,7 @@ def _trainer(
     held_out_blocks: Ordered,
     tokenizer: PreTrainedTokenizerBase,
     ki: KIConfig | None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Trainer:
     trainer = KITrainer(
         model=model,
@@ -133,6 +139,7 @@ def _trainer(
         processing_class=tokenizer,
         data_collator=default_data_collator,
         ki=ki,
+        optimizers=(optimizer, None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
