@@ -32,6 +32,7 @@ from growlib.papers import bibtex
 from growlib.progress import progress_bar
 from growlib.show import WIDTH, table
 from growlib.streaming import write_grown
+from growlib.training import starting_rate
 from growlib.verification import verify as compare
 
 UNCHECKED = 3  # exit code: the check could not run, or cannot tell
@@ -100,6 +101,7 @@ def plan(options: argparse.Namespace) -> int:
     stays = ", ".join(f"{field}={size}" for field, size in sizes_that_stay(growth).items())
     print("\n" + textwrap.fill(f"sizes that stay: {stays or 'none'}", WIDTH, subsequent_indent="  "))
     print("\n" + table(cost_table(growth)))
+    print(f"\ntraining it: {starting_rate(options.source)}")
     return 0
 
 

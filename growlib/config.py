@@ -22,6 +22,7 @@ _INVALID = (StrictDataclassError, OSError, ValueError, TypeError, KeyError)
 OWN_FIELDS = frozenset({"model_type", "architectures", "transformers_version", "dtype", "_name_or_path"})
 DERIVED_FIELDS = frozenset({"stage_names", "out_features", "out_indices"})
 ALL_LAYERS = "num_hidden_layers"
+TRIED = 256  # sizes of a field, in the search for one that is valid
 # Fields that do not change what a model computes in eval mode (dropout aside).
 NO_FUNCTION = OWN_FIELDS | {
     *("problem_type", "id2label", "label2id", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
@@ -245,7 +246,9 @@ def _valid_sizes(source: PreTrainedConfig, fields: dict[str, Any], named: list[s
         if type(least) is not int:
             continue
         first = max(size + 1, least) if type(size) is int else least
-        for larger in range(first, 2 * first):
+        # Each try builds a config. A size that has to be a multiple is found among the next ones, or is one of `least`.
+        multiples = range(-(-first // least) * least, 2 * first, least) if least else range(0)
+        for larger in (*range(first, 2 * first)[:TRIED], *multiples[:TRIED]):
             try:
                 rebuilt(source, {**fields, key: larger})
             except _INVALID:

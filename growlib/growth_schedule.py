@@ -92,10 +92,10 @@ class GrowthSchedule:
 
         Raises:
             GrowError: before the first step where a growth has no meaning or would not be reached, where `output_dir`
-                holds another run, and for Trainers that this cannot stop and resume (FSDP, DeepSpeed,
+                holds another run, and for Trainers that this cannot stop and resume (FSDP1, DeepSpeed,
                 load_best_model_at_end, save_only_model); later as `expand_training_checkpoint`.
         """
-        self.plans(model)
+        plans = dict(zip(self.steps, self.plans(model), strict=True))
         model_class, trainer = type(model), make_trainer(model)
         out = Path(str(trainer.args.output_dir))
         self._check(trainer, out, resume)
@@ -115,14 +115,15 @@ class GrowthSchedule:
                 start = out / f"checkpoint-{last}" if last > begin else _grown(out, begin)
                 trainer.train(resume_from_checkpoint=str(start) if last or begin else None)
             if end:
-                self._grow(trainer, out, end)
+                self._grow(trainer, out, end, plans[end])
         return trainer
 
     def _check(self, trainer: Trainer, out: Path, resume: bool) -> None:
         """Raise GrowError for a Trainer that cannot be stopped at the steps of the growths and resumed."""
         args, asked = trainer.args, f"a training that grows at the steps {', '.join(map(str, self.steps))}"
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise GrowError(asked, "the Trainer splits the model over processes", "one process, or DDP")
+        if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
+            wrong = "the Trainer splits the model over processes in a way that growlib cannot read"
+            raise GrowError(asked, wrong, "one process, DDP, or FSDP2 (fsdp_config version 2)")
         if args.load_best_model_at_end or args.save_only_model:
             wrong = "load_best_model_at_end and save_only_model leave no checkpoint to go on from"
             raise GrowError(asked, wrong, "TrainingArguments without them")
@@ -131,23 +132,14 @@ class GrowthSchedule:
         if not resume and any(_grown(out, step).exists() for step in self.steps):
             raise GrowError(asked, f"{out} holds another run", "resume=True, or an output_dir of its own")
 
-    def _grow(self, trainer: Trainer, out: Path, step: int) -> None:
+    def _grow(self, trainer: Trainer, out: Path, step: int, growth: GrowthPlan) -> None:
         """Grow the checkpoint of a step, once for all processes."""
         folder = out / f"checkpoint-{step}"
         if not folder.is_dir():
             wrong = f"the training ended at step {trainer.state.global_step}"
             raise GrowError(f"growing after step {step}", wrong, "a step that the training reaches")
         if trainer.is_world_process_zero():
-            expand_training_checkpoint(
-                folder,
-                _grown(out, step),
-                self.growths[step],
-                self.method,
-                moments=self.moments,
-                groups=self.groups,
-                seed=self.seed,
-                exact=self.exact,
-            )
+            expand_training_checkpoint(folder, _grown(out, step), growth, moments=self.moments, groups=self.groups)
         trainer.accelerator.wait_for_everyone()
 
 

@@ -7,6 +7,7 @@ A plan says which entries are new (`GrowthPlan.new_parameters`). Three uses of i
     mup_groups(model, plan, rate)        rates of whole tensors by how much wider their inputs got (muP)
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,18 @@ from growlib.errors import GrowError
 from growlib.growth_plan import GrowthPlan
 from growlib.origin import Origin
 
+STATE = "trainer_state.json"  # of the Hugging Face Trainer, beside a checkpoint
 Plan = GrowthPlan | str | Path  # a plan; the file that it was saved in, or the folder of the grown model beside it
+
+
+def starting_rate(source: str | Path) -> str:
+    """Advice, in words, on the learning rate of a model that was grown from a checkpoint (see docs/after.md)."""
+    try:
+        log = json.loads((Path(source) / STATE).read_text())["log_history"]
+        highest = f", {max(entry['learning_rate'] for entry in log if 'learning_rate' in entry):g} by its {STATE}"
+    except (OSError, ValueError, KeyError, TypeError):  # no such file, or not one of the Trainer's
+        highest = ""
+    return f"begin with the learning rate at which the source was trained best{highest}"
 
 
 def freeze_old(model: PreTrainedModel, plan: Plan) -> list[str]:

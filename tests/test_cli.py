@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -182,6 +183,31 @@ def test_plan_ends_with_what_it_costs(small, capsys):
     assert flops.split()[-2:] == [f"{6 * count:.3g}" for count in matrices]
     assert "memory for training" in printed
     assert "sizes that stay: vocab_size=61" in printed
+
+
+@pytest.mark.parametrize(
+    ("state", "known"),
+    [
+        (
+            {"log_history": [{"learning_rate": 1e-4}, {"loss": 5.0}, {"learning_rate": 6e-4}, {"learning_rate": 0}]},
+            True,
+        ),
+        ({"log_history": [{"loss": 5.0}]}, False),
+        ({"log_history": ["no entry"]}, False),
+        (["no state"], False),
+        (None, False),
+    ],
+)
+def test_plan_and_card_say_where_to_begin_the_search_for_a_rate(state, known, small, tmp_path, capsys):
+    source = shutil.copytree(small, tmp_path / "source")
+    if state is not None:
+        (source / "trainer_state.json").write_text(json.dumps(state))
+    advice = "begin with the learning rate at which the source was trained best"
+    advice += ", 0.0006 by its trainer_state.json" if known else ""
+    assert main(["plan", str(source), "--set", "hidden_size=96"]) == 0
+    assert capsys.readouterr().out.endswith(f"\ntraining it: {advice}\n")
+    growlib.expand_checkpoint(source, tmp_path / "big", {"hidden_size": 96})
+    assert f"{advice}.\n" in (tmp_path / "big/README.md").read_text()
 
 
 def test_the_costs_of_a_mixture_count_the_experts_that_act():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny import JSON, tiny
 
 import growlib
-from growlib import GrowError, limits
+from growlib import GrowError, config, limits
 from growlib.checkpoint import loading as checkpoint
 from growlib.cli import main
 from growlib.folders import new_folder
@@ -66,10 +66,19 @@ def test_sizes_that_cannot_be_are_refused_at_once(field, size, as_config):
 
 
 @given(st.dictionaries(st.sampled_from(SIZES), st.integers(-(10**13), 10**13) | JSON, min_size=1, max_size=3))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_target_is_planned_or_refused(target):
     with suppress(GrowError):
         growlib.plan(tiny("llama").config, target)
+
+
+def test_the_search_for_a_size_that_is_valid_ends(monkeypatch):
+    tried = []
+    build = config.rebuilt
+    monkeypatch.setattr(config, "rebuilt", lambda *arguments: tried.append(1) or build(*arguments))
+    with pytest.raises(GrowError, match="not a multiple of the number of attention heads"):
+        growlib.plan(tiny("llama"), {"num_attention_heads": 10**6, "num_key_value_heads": 10**6})
+    assert len(tried) <= 1 + 4 * config.TRIED
 
 
 def test_what_memory_does_not_hold_is_refused_before_it_is_tried(monkeypatch):

@@ -156,8 +156,9 @@ def test_a_training_with_fsdp2_goes_on(tmp_path):
             step, tmp_path / "grown" / form / "checkpoint-3", TARGET, config=known
         )
         assert plan.exact
-    after = processes(tmp_path, "resume")
+    after, inside = processes(tmp_path, "resume"), processes(tmp_path, "schedule")
     for form in FORMS:
+        assert inside[form]["seen"] == before[form]["seen"][:3] + after[form]["seen"]  # as GrowthSchedule does it
         wanted, weights = as_one_process(tmp_path, form)
         same(after[form]["weights"], weights)
         same(after[form]["state"]["state"], wanted["state"])

@@ -144,6 +144,19 @@ def test_what_would_fail_later_is_refused_first(growths, options, says, tmp_path
     assert not seen(made)
 
 
+@pytest.mark.parametrize("split", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_a_model_that_is_split_in_another_way_is_refused(split, tmp_path):
+    make_trainer = maker(tmp_path, [])
+
+    def split_trainer(model):
+        trainer = make_trainer(model)
+        setattr(trainer, split, True)  # on a CPU accelerate has neither; FSDP without version 2 is FSDP1
+        return trainer
+
+    with pytest.raises(GrowError, match="one process, DDP, or FSDP2"):
+        GrowthSchedule({2: DEEPER}).train(split_trainer, tiny("llama"))
+
+
 def test_growths_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(GrowError, match="exact=True"):
         GrowthSchedule({2: DEEPER}, method="stack", exact=True).plans(tiny("llama"))

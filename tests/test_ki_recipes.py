@@ -9,6 +9,7 @@ import pytest
 import torch
 from ki_tiny import arguments, examples, llama
 
+import after_growth
 import bench_ki
 import domain_adaptation
 import estimators
@@ -36,6 +37,7 @@ MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\neva
         pytest.param(domain_adaptation, 38, marks=pytest.mark.slow),
         pytest.param(teacher_factors, 13, marks=pytest.mark.slow),
         pytest.param(estimators, 6, marks=pytest.mark.slow),
+        pytest.param(after_growth, 13, marks=pytest.mark.slow),
         (ki_ablations, 21),
     ],
 )
@@ -50,7 +52,9 @@ def test_a_study_runs_and_a_second_run_uses_its_models(recipe, count, tmp_path):
     results = content["results"]
     assert len(results) == count
     if recipe is not estimators:
-        losses = [loss for row in results.values() for name, (loss,) in row.items() if name != "gain"]
+        losses = [
+            loss for row in results.values() for name, (loss,) in row.items() if name not in ("gain", "difference")
+        ]
         assert all(4 < loss < 7 for loss in losses)  # log 320 = 5.8 at the start
         assert len(set(losses)) > 0.7 * len(losses)
     assert (out / "report.md").read_text().count("\n| ") == count + 1

@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import metadata_load
 
 from growlib.growth_plan import GrowthPlan
+from growlib.training import starting_rate
 
 CARD = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the source's own card
@@ -47,7 +48,7 @@ def model_card(source: str | Path, folder: Path, plan: GrowthPlan, measured: str
         f"Method `{plan.method}`, seed {plan.seed}.\n\n```text\n" + "\n".join(sizes) + "\n```",
         f"Measured against the source: {measured}" if measured else "It was not measured against the source.",
         "## Going on with training",
-        TRAINING,
+        f"{TRAINING} To choose a learning rate, {starting_rate(folder)}.",
         "## Versions",
         versions,
     )
