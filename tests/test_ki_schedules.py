@@ -38,7 +38,13 @@ def test_every_schedule_is_exactly_zero_from_stop_at(name, steps, stop):
 
 def test_constant_without_stop_never_stops():
     assert SCHEDULES["constant"](1.0, None) == 1.0
-    assert KIConfig(teacher="x", schedule="constant").stop_at == 0.3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stop_at"), [("linear", 1.0), ("cosine", 1.0), ("heaviside", 0.3), ("constant", None)]
+)
+def test_where_no_end_is_given(schedule, stop_at):
+    assert KIConfig(teacher="x", schedule=schedule).stop_at == stop_at
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_constant_without_stop_never_stops():
         ({"schedule": lambda progress: 1 - progress**2}, None, [0.8, 0.6, 0.288]),
         ({"schedule": lambda progress: np.float32(0.5), "stop_at": 0.5}, 0.5, [0.4, 0.0, 0.0]),
         ({"schedule": lambda progress: 1, "stop_at": "auto"}, "auto", [0.8, 0.8, 0.8]),
-        ({"schedule": Schedule(lambda progress, stop_at: (1 - progress / stop_at) ** 2)}, 0.3, [0.8, 0.0, 0.0]),
+        ({"schedule": Schedule(lambda progress, stop_at: (1 - progress / stop_at) ** 2)}, 1.0, [0.8, 0.2, 0.032]),
         ({"schedule": Schedule(lambda progress, stop_at: 0.25, stop_at=0.7)}, 0.7, [0.2, 0.2, 0.0]),
     ],
 )

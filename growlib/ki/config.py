@@ -33,9 +33,10 @@ class KIConfig:
             which also says how it ends. Your function gets the progress, the share of training that is done (0 at the
             first step, below 1 at the last), and returns the factor of `alpha` there, a number in [0, 1].
         stop_at: share of training (0 to 1) from which α is 0 and the teacher gone; the paper's α_T is 1 / stop_at.
-            Not given: 0.3 for the schedules with a name, None for a function of your own. None: α is 0 only where the
-            schedule returns 0; "constant" and functions of your own allow it. "auto": from the first evaluation in
-            which the student's held-out loss is no higher than the teacher's; until then `stop_at` counts as 1.
+            Not given: 1 for "linear" and "cosine", 0.3 for "heaviside", None for "constant" and a function of your own.
+            None: α is 0 only where the schedule returns 0; "constant" and functions of your own allow it. "auto": from
+            the first evaluation in which the student's held-out loss is no higher than the teacher's; until then
+            `stop_at` counts as 1.
         temperature: τ of both softmaxes.
         alpha: what the schedule is multiplied with: α at the first step, where it starts at 1.
         teacher_dtype: what a teacher is loaded in; None: the checkpoint's. A model that is passed in is never cast.

@@ -25,7 +25,7 @@ class Schedule:
 
     function: Callable[[float, Any], float]
     needs_stop_at: bool = True
-    stop_at: float | None = 0.3
+    stop_at: float | None = 1.0
 
     def __call__(self, progress: float, stop_at: float | None) -> float:
         """The factor of `KIConfig.alpha`; raises GrowError where the function returns no number in [0, 1]."""
@@ -54,8 +54,8 @@ def cosine(progress: float, stop_at: float) -> float:
 
 SCHEDULES: dict[str, Schedule] = {
     "linear": Schedule(linear),
-    "heaviside": Schedule(constant),
-    "constant": Schedule(constant, needs_stop_at=False),
+    "heaviside": Schedule(constant, stop_at=0.3),
+    "constant": Schedule(constant, needs_stop_at=False, stop_at=None),
     "cosine": Schedule(cosine),
 }
 
