@@ -61,7 +61,7 @@ rows, found = list(halves(examples(16))), {}
 for name, (settings, options) in runs.items():
     options |= {"remove_unused_columns": False}
     student = loaded("student")
-    trainer = train(folder / "output", student, half(loaded("teacher"), **settings), rows, **options)
+    trainer = train(folder / "output", student, KIConfig(teacher=loaded("teacher"), **settings), rows, **options)
     parameters = {name: p.detach() for name, p in student.named_parameters()}
     found[name] = {"parameters": parameters, "logs": trainer.state.log_history}
 

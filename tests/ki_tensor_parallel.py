@@ -8,7 +8,7 @@ import accelerate
 import pytest
 import torch
 import torch.distributed
-from ki_tiny import collate, examples, half, llama, train
+from ki_tiny import collate, examples, llama, train
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -35,7 +35,7 @@ def results(name, ki, whole_logits=False, **options):
 runs = torch.load(folder / "runs.pt")
 teachers = {"beside": folder / "teacher", "split": split("teacher"), "cache": folder / "cache"}
 found = {
-    name: results(student, half(teachers[teacher], **settings), **options)
+    name: results(student, KIConfig(teacher=teachers[teacher], **settings), **options)
     for name, (student, teacher, settings, options) in runs.items()
 }
 with pytest.raises(GrowError, match="a student that is split in the same way"):

@@ -43,18 +43,15 @@ def assert_same(case, *settings, **options):
 
 settings = list(itertools.product([1.0, 0.6], [None, 5.0], [False, True], [False, True], [6, 100]))
 chosen = random.Random(0)
-for kind, vocab, temperature in itertools.product(KINDS, (50, 51), (1.0, 2.0)):
-    teachers = (44, 50, 55) if kind in ("logits", "dense", "projection") else (44, 50)
-    for teacher_vocab in teachers:
-        case = Case(kind, vocab=vocab, teacher_vocab=teacher_vocab, temperature=temperature, dtype=torch.float64)
+for kind, temperature in itertools.product(KINDS, (1.0, 2.0)):
+    # A sparse teacher's targets are over the common ids; without tokens 26 to 50 it has none of the second process.
+    for teacher_vocab in (20, 44, 51, 55) if kind in ("logits", "dense", "projection") else (20, 44, 51):
+        case = Case(kind, vocab=51, teacher_vocab=teacher_vocab, temperature=temperature, dtype=torch.float64)
         scale, softcap, gate, recompute, chunk = chosen.choice(settings)
         assert_same(case, scale, softcap, case.alpha, gate=gate, recompute=recompute, chunk=chunk)
 for kind, alpha in itertools.product(("dense", "bucket"), (0.0, 1.0)):
     assert_same(Case(kind, dtype=torch.float64), 1.0, None, alpha)
 assert_same(Case("logits", vocab=1, teacher_vocab=1, dtype=torch.float64), 1.0, None, 0.5)  # the second has none
-# The teacher knows no token of the second process.
-assert_same(Case("logits", teacher_vocab=20, temperature=2.0, dtype=torch.float64), 1.0, None, 0.5)
-assert_same(Case("bucket", teacher_vocab=20, temperature=2.0, dtype=torch.float64), 1.0, None, 0.5)
 
 # A teacher whose head is split, too, gives the logits of all tokens.
 case = Case("projection", dtype=torch.float64)

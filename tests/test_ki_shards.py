@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from ki_tiny import collate, examples, half, llama, train
+from ki_tiny import collate, examples, llama, train
 from test_ki_distributed import two_processes
 
-from growlib import cache_teacher
+from growlib import KIConfig, cache_teacher
 
 EACH_STEP = {"logging_strategy": "steps", "logging_steps": 1, "max_steps": 3}
 IN_ORDER = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 4}
+HALF = {"schedule": "constant", "stop_at": None, "alpha": 0.5}
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 2, "trainer_options": {"eval_dataset": examples(8, seed=5)}}
 
 
@@ -45,15 +46,15 @@ def test_tensor_parallel_students_take_the_steps_of_one(tmp_path):
     accumulates = {**EACH_STEP, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     smooth = {**EACH_STEP, "label_smoothing_factor": 0.1}
     runs = {
-        "beside": ("plain", "beside", {"temperature": 2.0, "gate": True, "common_vocab": 32}, accumulates),
-        "split": ("tied", "split", {}, EACH_STEP),
-        "cached": ("tied", "cache", {}, accumulates),
-        "whole": ("tied", "beside", {"temperature": 2.0}, {**smooth, "whole_logits": True}),
+        "beside": ("plain", "beside", {**HALF, "temperature": 2.0, "gate": True, "common_vocab": 32}, accumulates),
+        "split": ("tied", "split", {**HALF, "stop_at": "auto"}, {**EACH_STEP, **EVALUATES}),
+        "cached": ("tied", "cache", HALF, accumulates),
+        "whole": ("tied", "beside", {**HALF, "temperature": 2.0}, {**smooth, "whole_logits": True}),
     }
     torch.save(runs, tmp_path / "runs.pt")
     found = two_processes("ki_tensor_parallel.py", tmp_path)
     for name, (of, taught, settings, options) in runs.items():
-        ki = half(cache if taught == "cache" else teacher, **settings)
+        ki = KIConfig(teacher=cache if taught == "cache" else teacher, **settings)
         options = {key: value for key, value in options.items() if key != "whole_logits"}
         assert_steps_of_one(found[name], tmp_path, type(makers[of]).from_pretrained(tmp_path / of), ki, options)
 
@@ -65,10 +66,10 @@ def test_parts_of_examples_take_the_steps_of_whole_ones(tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     cache_teacher(teacher, examples(16), tmp_path / "cache", data_collator=collate)
     runs = {
-        "all targets": ({"temperature": 2.0, "gate": True}, {**EACH_STEP, **IN_ORDER}),
-        "top-k": ({"top_k": 8}, {**EACH_STEP, **IN_ORDER, "max_steps": 2, "gradient_accumulation_steps": 2}),
+        "all targets": ({**HALF, "temperature": 2.0, "gate": True}, {**EACH_STEP, **IN_ORDER}),
+        "top-k": ({**HALF, "top_k": 8}, {**EACH_STEP, **IN_ORDER, "max_steps": 2, "gradient_accumulation_steps": 2}),
     }
     torch.save(runs, tmp_path / "runs.pt")
     found = two_processes("ki_context_parallel.py", tmp_path)
     for name, (settings, options) in runs.items():
-        assert_steps_of_one(found[name], tmp_path, student(), half(teacher, **settings), options)
+        assert_steps_of_one(found[name], tmp_path, student(), KIConfig(teacher=teacher, **settings), options)
