@@ -16,13 +16,13 @@ from growlib import KIConfig, cache_teacher
 from growlib.ki import ki_loss
 
 
-def two_processes(name, folder):
-    """What a script of this folder leaves."""
+def two_processes(name, folder, leaves="result.pt"):
+    """What a script of this folder leaves, if anything."""
     script = Path(__file__).with_name(name)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*command, script, folder], env=environment, check=True, timeout=240)
-    return torch.load(folder / "result.pt")
+    return None if leaves is None else torch.load(folder / leaves)
 
 
 def one_process(folder, ki):

@@ -220,11 +220,14 @@ def test_settings_of_no_use_are_refused(tmp_path):
         trainer(tmp_path, llama(0), {"teacher": llama(1)})
 
 
-def test_unsupported_splits_are_refused(tmp_path):
+def test_unsupported_splits_are_refused(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     args._n_gpu = 2
     with pytest.raises(GrowError, match=r"nn.DataParallel .* one process per GPU"):
         KITrainer(model=llama(0), args=args, ki=KIConfig(teacher=llama(1)))
+    monkeypatch.setattr(KITrainer, "get_tp_size", lambda self: 2)  # as where DeepSpeed splits it
+    with pytest.raises(GrowError, match="it was not transformers that split the student"):
+        trainer(tmp_path, llama(0), KIConfig(teacher=llama(1)))
 
 
 def test_a_teacher_that_zero3_has_split_is_refused(tmp_path):

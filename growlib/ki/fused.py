@@ -26,7 +26,8 @@ CHUNK_SHARE, LARGEST_SHARE = 128, 32  # a chunk has so small a part of the devic
 
 def usable(student: Projection) -> bool:
     """Whether the kernel can compute this student's loss."""
-    return HAS_TRITON and student.device.type == "cuda" and student.hidden.dtype in DTYPES
+    whole = student.part is None  # the kernel does not talk to other processes
+    return HAS_TRITON and whole and student.device.type == "cuda" and student.hidden.dtype in DTYPES
 
 
 def chunk_size(student: Projection, teacher: Predictions) -> int:

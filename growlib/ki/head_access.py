@@ -8,13 +8,15 @@ Shapes: H hidden size, V tokens.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from growlib.ki.columns import is_split, replicated
 from growlib.ki.projection import Projection
 
 # Config fields of what is done to the logits after the head: the logits are multiplied, divided, or soft-capped.
@@ -25,25 +27,34 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 @dataclass(frozen=True)
 class HeadAccess:
-    """The linear layer that ends a model, of weight [V, H], and what the model does to its output: see `Projection`."""
+    """The linear layer that ends a model, of weight [V, H], and what the model does to its output: see `Projection`.
+
+    `mesh` has the processes of a vocabulary-parallel head, of which each reads the same hidden states; None: one reads.
+    """
 
     head: nn.Linear
     scale: float
     softcap: float | None
+    mesh: DeviceMesh | None = None
 
     def projection(self, hidden: Tensor) -> Projection:
         """The logits of hidden states, not yet computed; from [..., H] to N positions."""
         hidden = hidden.reshape(-1, hidden.shape[-1])
+        if self.mesh is not None:
+            hidden = replicated(hidden, self.mesh)
         return Projection(hidden, self.head.weight, self.head.bias, self.scale, self.softcap)
 
     @contextmanager
     def replaced(self, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """While this lasts, the head computes something else from its hidden states."""
-        self.head.forward = compute  # type: ignore[method-assign,assignment]
+        before = vars(self.head).get("forward")  # of a vocabulary-parallel head
+        vars(self.head)["forward"] = compute
         try:
             yield
         finally:
             del self.head.forward
+            if before is not None:
+                vars(self.head)["forward"] = before
 
     def run(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Projection:
         """A forward pass up to the head, of a model without a wrapper: its logits, not yet computed."""
@@ -74,6 +85,11 @@ def final_logits(config: PreTrainedConfig) -> tuple[float, float | None]:
     return scale, caps[0] if caps else None
 
 
+def tensor_parallel(model: PreTrainedModel) -> int:
+    """Over how many processes transformers has split each of a model's matrices."""
+    return getattr(model, "tp_size", None) or 1
+
+
 @torch.no_grad()
 def access_head(bare: PreTrainedModel, model: Callable[..., Any], inputs: Mapping[str, Any]) -> HeadAccess:
     """Check, on a real batch without labels, that a model's logits are what its head and its config make of them.
@@ -85,14 +101,17 @@ def access_head(bare: PreTrainedModel, model: Callable[..., Any], inputs: Mappin
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         kind = "missing" if head is None else f"a {type(head).__name__}"
         raise NoHeadAccess(f"its head is {kind}, not a plain Linear")
-    if "forward" in vars(head) or head.weight.is_meta:
+    if head.weight.is_meta or ("forward" in vars(head) and tensor_parallel(bare) == 1):
         raise NoHeadAccess("its head is offloaded or wrapped")
     access = HeadAccess(head, *final_logits(bare.config))
     projected: list[Tensor] = []
     dtypes: list[torch.dtype] = []  # of the head's own output, half under autocast whatever becomes of it
 
     def project(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # Here the weight is whole, wherever a wrapper keeps it split.
+        # Here the weight is whole, wherever a wrapper keeps it split, or it is vocabulary-parallel.
+        nonlocal access
+        if is_split(head.weight):
+            access = replace(access, mesh=head.weight.device_mesh)
         projected.append(access.projection(args[0]).logits().unflatten(0, args[0].shape[:-1]))
 
     handles = [

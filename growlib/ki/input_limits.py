@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from growlib.errors import GrowError
@@ -83,6 +84,8 @@ def _indices(func: Any, args: Any) -> tuple[int, Tensor] | None:
         indices = indices[..., :1]
     elif func is aten.index.Tensor and len(args[1]) == 1:
         table, indices = args[0], args[1][0]
+    if isinstance(indices, DTensor):  # of a teacher that is split over processes: each asks for the same rows
+        indices = indices.to_local()
     if indices is None or indices.dtype not in (torch.int64, torch.int32) or not indices.numel() or not table.ndim:
         return None
     return None if indices.device.type == "meta" else (table.shape[dim], indices)

@@ -3,7 +3,7 @@
 With sparse targets at τ = 1 the two terms together are a linear cross-entropy with K + 1 weighted targets: the same
 three products with the head as CE alone.
 
-Shapes: N positions (n in a chunk), H hidden size, V tokens, K tokens that sparse targets list.
+Shapes: N positions (n in a chunk), H hidden size, V tokens (v in this process), K tokens that sparse targets list.
 """
 
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from growlib.errors import GrowError
 from growlib.ki import fused
+from growlib.ki.columns import Columns
 from growlib.ki.loss import NO_LABEL, KILoss, check_request, targets_for
 from growlib.ki.predictions import Predictions, as_predictions, check_positions
 from growlib.ki.projection import Projection
@@ -45,7 +46,9 @@ def linear_ki_loss(
     Args:
         hidden: [..., H], the states that the head reads, aligned with `labels`.
         weight: [V, H]. A DTensor is gathered; its gradient is then the same in every process. Where processes have
-            different data, pass `weight.full_tensor(grad_placements=[Partial()])`, whose gradient is the sum.
+            different data, pass `weight.full_tensor(grad_placements=[Partial()])`, whose gradient is the sum. Of a
+            vocabulary-parallel head, pass `hidden` as a replicated DTensor of the same mesh: each process then computes
+            its own tokens' logits, and `bias` is split as the weight is.
         teacher: as in `ki_loss`; a Projection's hidden states may be of another size.
         logit_scale, softcap: what the model does to its logits; see `Projection`.
         chunk: positions at once; None: as many as `CHUNK_BYTES` of logits hold, on CUDA as `fused.chunk_size` says.
@@ -73,7 +76,7 @@ def linear_ki_loss(
         labels_N = labels.masked_fill(~counted, NO_LABEL)
     else:
         rows, labels_N = counted, labels[counted]
-    student = Projection(hidden[rows], weight, bias, logit_scale, softcap)
+    student = Projection(hidden, weight, bias, logit_scale, softcap).rows(rows)
     predictions = as_predictions(teacher, len(labels)).rows(rows)
     sums = linear_ki_sums(student, labels_N, predictions, alpha, temperature, gate, chunk, recompute)
     return KILoss(*(total / number for total in sums[:3]))
@@ -113,7 +116,9 @@ def linear_ki_sums(
         student = student.cast(torch.get_autocast_dtype(device))
     usual = fused.chunk_size(student, teacher) if fused.usable(student) else chunk_size(student.vocab)
     chunk = chunk or usual
-    settings = _Settings(student.scale, student.softcap, temperature, gate, chunk, recompute, numbers_only)
+    settings = _Settings(
+        student.scale, student.softcap, student.part, temperature, gate, chunk, recompute, numbers_only
+    )
     exact = torch.promote_types(student.hidden.dtype, torch.float32)
     alpha = student.hidden.new_zeros((), dtype=exact) + (alpha.to(exact) if isinstance(alpha, Tensor) else alpha)
     with torch.autocast(device, enabled=False):
@@ -129,6 +134,7 @@ def chunk_size(vocab: int) -> int:
 class _Settings(NamedTuple):
     scale: float
     softcap: float | None
+    part: Columns | None
     temperature: float
     gate: bool
     chunk: int
@@ -150,7 +156,7 @@ class _LinearKILoss(torch.autograd.Function):
         teacher: Predictions,
         settings: _Settings,
     ) -> tuple[Tensor, ...]:
-        student = Projection(hidden, weight, bias, settings.scale, settings.softcap)
+        student = Projection(hidden, weight, bias, *settings[:3])
         now = ctx.needs_input_grad[:3] if not settings.recompute else (False, False, False)
         sums, gradients = _run(student, alpha, labels, teacher, settings, now)
         difference, *results = sums
@@ -168,7 +174,7 @@ class _LinearKILoss(torch.autograd.Function):
         difference, *saved = ctx.saved_tensors
         if ctx.recompute:
             hidden, weight, bias, alpha, labels = saved
-            student = Projection(hidden, weight, bias, ctx.settings.scale, ctx.settings.softcap)
+            student = Projection(hidden, weight, bias, *ctx.settings[:3])
             with torch.autocast(hidden.device.type, enabled=False):
                 _, saved = _run(student, alpha, labels, ctx.teacher, ctx.settings, ctx.needs_input_grad[:3])
         gradients = [None if gradient is None else gradient * upstream[0].to(gradient.dtype) for gradient in saved]
@@ -227,17 +233,19 @@ class PlainChunks:
         self.student, self.alpha, self.labels, self.teacher = student, alpha, labels, teacher
         self.temperature, self.gate, self.numbers_only = temperature, gate, numbers_only
         self.sums = alpha.new_zeros(7)
+        if student.part is not None:  # no process may look up a label out of bounds, which is PyTorch's error else
+            alpha.expand(student.vocab).gather(0, labels.masked_fill(labels == NO_LABEL, 0))
 
     def gradient(self, rows: slice, wanted: bool) -> Tensor | None:
         student, labels = self.student, self.labels[rows]
-        logits = student.rows(rows).logits()
+        logits = student.rows(rows).own_logits()
         slope = None if student.softcap is None else 1 - (logits / student.softcap).square()
-        targets = targets_for(logits, self.teacher.rows(rows), self.temperature)
+        targets = targets_for(self.teacher.rows(rows), self.temperature, student.vocab, logits)
         no_numbers = targets.no_numbers
         self.sums[4:6] += teacher_ce(targets, labels)
         self.sums[6] += no_numbers.sum()
         heard = ~no_numbers if self.numbers_only else None
-        parts, gradient = _chunk_loss(logits, labels, targets, self.alpha, self.gate, heard, wanted)
+        parts, gradient = _chunk_loss(logits, student.columns, labels, targets, self.alpha, self.gate, heard, wanted)
         self.sums[:4] += parts
         if gradient is None:
             return None
@@ -250,6 +258,7 @@ class PlainChunks:
 
 def _chunk_loss(
     logits: Tensor,
+    columns: Columns,
     labels: Tensor,
     targets: Targets,
     alpha: Tensor,
@@ -257,17 +266,17 @@ def _chunk_loss(
     heard: Tensor | None,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums [d loss / d α, loss, ce, kd] of n positions, and d loss / d logits, [n, V], in the logits' own memory.
+    """Sums [d loss / d α, loss, ce, kd] of n positions, and d loss / d logits, in the logits' own memory.
 
-    `heard`, [n], is where the teacher has a weight; None: everywhere.
+    The logits are those of `columns`, [n, v]. `heard`, [n], is where the teacher has a weight; None: everywhere.
     """
     counts = labels != NO_LABEL
     at_label = labels.masked_fill(~counts, 0)[:, None]
-    label_logits = logits.gather(1, at_label)[:, 0]
-    together = targets.temperature == 1.0 and targets.vocab == logits.shape[1]  # one softmax serves both terms
-    scaled = logits if together else logits[:, : targets.vocab] / targets.temperature
-    kl = _kl(scaled, targets)
-    log_z = kl.log_z if together else logits.logsumexp(1)
+    label_logits = columns.at(logits, at_label)[:, 0]
+    together = targets.temperature == 1.0 and targets.vocab == columns.vocab  # one softmax serves both terms
+    scaled = logits if together else columns.first(logits, targets.vocab) / targets.temperature
+    kl = _kl(scaled, columns, targets)
+    log_z = kl.log_z if together else columns.logsumexp(logits)
     ce = torch.where(counts, log_z - label_logits, 0)
     kd = torch.where(counts, kl.value * targets.temperature**2, 0)
     taught = counts if heard is None else counts & heard
@@ -283,16 +292,16 @@ def _chunk_loss(
     silent = on_kd == 0
     gradient = logits.sub_((kl.base if together else log_z)[:, None]).exp_()
     if not together:
-        of_kl = _kl_gradient(scaled, targets, kl).mul_(on_kd).masked_fill_(silent, 0)
-        gradient.mul_(on_ce)[:, : targets.vocab] += of_kl
+        of_kl = _kl_gradient(scaled, columns, targets, kl).mul_(on_kd).masked_fill_(silent, 0)
+        columns.first(gradient.mul_(on_ce), targets.vocab).add_(of_kl)
     elif targets.ids is None:
         gradient.mul_(on_ce + on_kd).addcmul_(kl.added.masked_fill_(silent, 0), -on_kd)
     else:
         slope, added = ((on_kd * part).masked_fill(silent, 0) for part in (kl.slope, kl.added))
         if kl.listed is not None:  # the listed tokens were taken out of the softmax
             added = added + on_ce * kl.listed
-        gradient.mul_(on_ce * kl.share + slope).scatter_add_(1, targets.ids, added)
-    return sums, gradient.scatter_add_(1, at_label, -on_ce)
+        columns.add(gradient.mul_(on_ce * kl.share + slope), targets.ids, added)
+    return sums, columns.add(gradient, at_label, -on_ce)
 
 
 def teacher_ce(targets: Targets, labels: Tensor) -> Tensor:
@@ -315,26 +324,27 @@ class _KL(NamedTuple):
     base: Tensor  # [n]
     share: Tensor  # [n, 1], exp(base - log_z)
     slope: Tensor  # [n, 1]
-    added: Tensor  # [n, K]; of dense targets [n, V], and what is taken away
+    added: Tensor  # [n, K]; of dense targets [n, v], and what is taken away
     listed: Tensor | None  # [n, K], the student's probabilities; where the tail has a term
 
 
-def _kl(logits: Tensor, targets: Targets) -> _KL:
+def _kl(logits: Tensor, columns: Columns, targets: Targets) -> _KL:
     """Changes the logits: where the tail has a term, those of listed tokens become -inf."""
     one = logits.new_ones((len(logits), 1))
     if targets.ids is None:
-        log_z, p = logits.logsumexp(1), targets.logprobs.exp()
+        logprobs = columns.own(targets.logprobs)
+        log_z, p = columns.logsumexp(logits), logprobs.exp()
         # p · (log p - z) with 0 · -inf = 0, for a teacher that excludes tokens and for a student that does
-        log_ratio = targets.logprobs.sub(logits).masked_fill_(p == 0, 0.0)
-        return _KL(log_z + torch.linalg.vecdot(p, log_ratio), log_z, log_z, one, one, p, None)
+        log_ratio = logprobs.sub(logits).masked_fill_(p == 0, 0.0)
+        return _KL(log_z + columns.sum(torch.linalg.vecdot(p, log_ratio)), log_z, log_z, one, one, p, None)
     terms = targets.kl_terms
     w = terms.listed.exp()
-    listed = logits.gather(1, targets.ids)
+    listed = columns.at(logits, targets.ids)
     if terms.tail is None:
-        log_z = logits.logsumexp(1)
+        log_z = columns.logsumexp(logits)
         value = terms.constant - product(w, listed - log_z[:, None]).sum(1)
         return _KL(value, log_z, log_z, one, w.sum(1, keepdim=True), -w, None)
-    tail = logits.scatter_(1, targets.ids, -torch.inf).logsumexp(1)
+    tail = columns.logsumexp(columns.exclude(logits, targets.ids))
     log_z = torch.logaddexp(tail, listed.logsumexp(1))
     q, q_tail, t = (listed - log_z[:, None]).exp(), (tail - log_z).exp(), terms.tail.exp()
     value = terms.constant - product(w, listed - log_z[:, None]).sum(1) - product(t, tail - log_z)
@@ -343,9 +353,9 @@ def _kl(logits: Tensor, targets: Targets) -> _KL:
     return _KL(value, log_z, base, q_tail[:, None], (q_tail - t)[:, None], q - w, q)
 
 
-def _kl_gradient(logits: Tensor, targets: Targets, kl: _KL) -> Tensor:
-    """d KL / d (logits / τ), [n, targets.vocab], of the logits that `_kl` has read."""
+def _kl_gradient(logits: Tensor, columns: Columns, targets: Targets, kl: _KL) -> Tensor:
+    """d KL / d (logits / τ), [n, targets.vocab or its part], of the logits that `_kl` has read."""
     gradient = (logits - kl.base[:, None]).exp()
     if targets.ids is None:
         return gradient.sub_(kl.added)
-    return gradient.mul_(kl.slope).scatter_add_(1, targets.ids, kl.added)
+    return columns.add(gradient.mul_(kl.slope), targets.ids, kl.added)

@@ -71,7 +71,7 @@ def ki_loss(
     student_NV = at_least_float32(student_NV[counted])
     with torch.no_grad():
         predictions = as_predictions(teacher, labels.numel()).rows(counted)
-        targets = targets_for(student_NV, predictions, temperature)
+        targets = targets_for(predictions, temperature, student_NV.shape[-1], student_NV)
     denominator = max(labels_N.numel(), 1) if num_items is None else num_items
     ce_N = F.cross_entropy(student_NV, labels_N, reduction="none", ignore_index=NO_LABEL)
     kd_N = kl_per_position(student_NV, targets)
@@ -98,10 +98,9 @@ def check_request(labels: Tensor, alpha: float | Tensor, temperature: float, num
     return labels.reshape(-1).long()
 
 
-def targets_for(student_NV: Tensor, teacher: Predictions, temperature: float) -> Targets:
-    """The teacher's targets for the student's logits at the same positions, on their device and in their dtype."""
-    targets = teacher.targets(temperature, student_NV.device).over(student_NV.shape[-1])
-    return targets.to(student_NV.device, student_NV.dtype)
+def targets_for(teacher: Predictions, temperature: float, vocab: int, like: Tensor) -> Targets:
+    """The teacher's targets for a student of V = `vocab`, on the device and in the dtype of its logits."""
+    return teacher.targets(temperature, like.device).over(vocab).to(like.device, like.dtype)
 
 
 def _log_q(student_NV: Tensor, targets: Targets) -> Tensor:

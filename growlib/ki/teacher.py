@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
 from growlib.ki.guard import Guard
-from growlib.ki.head_access import HeadAccess, NoHeadAccess, access_head
+from growlib.ki.head_access import HeadAccess, NoHeadAccess, access_head, tensor_parallel
 from growlib.ki.input_limits import InputLimits, refusing
 from growlib.ki.projection import Projection
 from growlib.ki.sources import first_line, load_teacher, model_in, name_of, tokenizer_at
@@ -204,6 +204,9 @@ def resolve_teacher(
         wrong = "DeepSpeed ZeRO-3 split its parameters when it was made, and no engine joins them again"
         valid = "its folder or hub id, which is loaded whole in each process; or a cache (growlib.cache_teacher)"
         raise GrowError(asked, wrong, valid)
+    if tensor_parallel(model) not in (1, tensor_parallel(student)):
+        wrong = f"it is split over {tensor_parallel(model)} processes, which read the same text with no such student"
+        raise GrowError(asked, wrong, "a student that is split in the same way; or the teacher's folder or hub id")
     if not {id(p) for p in model.parameters()}.isdisjoint(id(p) for p in student.parameters()):
         wrong = "it shares parameters with the student, which would be frozen with it"
         raise GrowError(asked, wrong, "a copy of the model")

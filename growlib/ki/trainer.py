@@ -16,6 +16,7 @@ from transformers.utils import is_torch_xla_available
 from growlib.errors import GrowError
 from growlib.ki.config import KIConfig
 from growlib.ki.guard import Finding, Guard
+from growlib.ki.head_access import tensor_parallel
 from growlib.ki.loss_form import LossForm, find_loss_form, is_plain, without_labels
 from growlib.ki.providers import DOMAIN, TeacherProvider, WithDomain, load_provider
 from growlib.ki.step import ASKED, KIMetrics, Step, held_out_ce, linear_step, logits_of, plain_step
@@ -267,23 +268,23 @@ def _loss_scale(trainer: Trainer, num_items_in_batch: Any) -> int:
         and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
         and num_items_in_batch is not None
     )
-    return trainer.accelerator.num_processes if undone else 1
+    return trainer.accelerator.num_processes // trainer.get_tp_size() if undone else 1
 
 
 def _refuse_split_students(trainer: Trainer) -> None:
     """Raise GrowError where the run splits the student in a way that the teacher's loss does not follow."""
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    splits = {
-        "nn.DataParallel over several GPUs in one process": trainer.args.n_gpu > 1,
-        "tensor, context or sequence parallelism": (
-            (parallelism is not None and parallelism.non_data_parallel_size > 1)
-            or (getattr(trainer.model, "tp_size", None) or 1) > 1
-        ),
-    }
-    for split, present in splits.items():
-        if present:
-            valid = "one process per GPU (torchrun) with data parallelism"
-            raise GrowError(f"{ASKED} with {split}", "the teacher and its loss are not split in this way", valid)
+    parallelism: Any = getattr(trainer.accelerator, "parallelism_config", None)
+    if trainer.args.n_gpu > 1:
+        wrong = "the teacher and its loss are not split in this way"
+        valid = "one process per GPU (torchrun) with data parallelism"
+        raise GrowError(f"{ASKED} with nn.DataParallel over several GPUs in one process", wrong, valid)
+    if parallelism is not None and max(parallelism.cp_size, parallelism.sp_size) > 1:
+        wrong = "only the student's attention reaches the other parts of an example, and a cache has whole examples"
+        valid = "tensor parallelism or FSDP; or rows that your collator splits (docs/ki-integration.md)"
+        raise GrowError(f"{ASKED} with the Trainer's context or sequence parallelism", wrong, valid)
+    if trainer.get_tp_size() != tensor_parallel(_bare_student(trainer)):
+        valid = "from_pretrained(..., distributed_config=DistributedConfig(tp_size=...))"
+        raise GrowError(f"{ASKED} with tensor parallelism", "it was not transformers that split the student", valid)
 
 
 @contextmanager

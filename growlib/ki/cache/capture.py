@@ -23,6 +23,7 @@ from growlib.ki.cache.data import Examples
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.cache.recorder import Recorder
 from growlib.ki.cache.records import RecordFormat
+from growlib.ki.head_access import tensor_parallel
 from growlib.ki.sources import load_teacher, model_in, name_of, short, tokenizer_at
 from growlib.ki.tasks import outcomes, task_of
 from growlib.ki.teacher import Teacher, place
@@ -141,6 +142,9 @@ def placed(teacher: Any, task: str | None, dtype: torch.dtype | None) -> tuple[P
     if task_of(model) == "question-answering":
         wrong = "its outcomes are the positions of each row, and a cache is of a fixed number of them"
         raise GrowError(f"caching the teacher {name_of(model)}", wrong, "the teacher itself in KIConfig")
+    if tensor_parallel(model) > 1:
+        wrong = f"it is split over {tensor_parallel(model)} processes, each of which caches other examples"
+        raise GrowError(f"caching the teacher {name_of(model)}", wrong, "its folder or hub id, or a device_map")
     if not lent:
         place(model, PartialState().device)
     return model, lent

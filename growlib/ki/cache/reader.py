@@ -106,7 +106,8 @@ class TeacherCache:
             matches = start + np.flatnonzero(self._digests[start:stop, 0] == digest[0])
             if not len(matches):
                 wrong = f"an example of this batch is not among its {len(self)}: it has other tokens or labels (a "
-                wrong += "longer or changed dataset, another block length, other masks or another tokenizer)"
+                wrong += "longer or changed dataset, another block length, a part of an example, other masks or "
+                wrong += "another tokenizer)"
                 raise GrowError(self._asked, wrong, "the examples that were cached, in any order; or a cache of these")
             place = self._order[matches[0]]
             shard = int(np.searchsorted(self._first, place, "right")) - 1
