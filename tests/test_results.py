@@ -6,7 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from base import shares
+from base.report import as_markdown
+
 DOCS = Path(__file__).parent.parent / "docs"
+# What recipes write as a table, which their pages show as it is: the file, and the table of its content.
+TABLES = {
+    "when/when.json": shares.table,
+}
+
+
+@pytest.mark.parametrize("file", TABLES)
+def test_a_page_shows_the_table_of_its_file(file):
+    content = json.loads((DOCS / "results" / file).read_text())
+    page = (DOCS / "results" / file).parent.with_suffix(".md").read_text()
+    assert as_markdown(TABLES[file](content)) in page
 
 
 def test_the_differences_of_starts_are_those_of_the_runs():
@@ -67,3 +81,12 @@ def test_the_demo_says_what_its_runs_say(heading, runs):
         losses = [arm[name]["final_eval_loss"] for arm in arms]
         expected = [sum(losses) / len(losses), *losses] if len(losses) > 1 else losses
         assert [float(cell) for cell in rows[name][: len(expected)]] == pytest.approx(expected, abs=6e-4), name
+
+
+def test_the_schedules_are_those_of_the_runs():
+    section = (DOCS / "results/demo.md").read_text().split("### How long it teaches")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ")[1:] for line in section.splitlines() if line.endswith("% |")]
+    runs = [run["both"] for run in json.loads((DOCS / "results/demo/schedules.json").read_text())]
+    shares = [run["flops"]["teacher"] / run["flops"]["student"] for run in runs]
+    expected = [[f"{run['final_eval_loss']:.3f}", f"{share:.0%}"] for run, share in zip(runs, shares, strict=True)]
+    assert rows == expected
