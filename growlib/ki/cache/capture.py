@@ -242,7 +242,7 @@ def _begin(
         examples = min(missing * header.shard_examples, header.examples)
         needed = examples * positions * header.record_format.bytes_per_position
         missing_head = head if difference or not (folder / HEAD).exists() else None
-        shards.check_room(folder, needed + (head_bytes(missing_head) if missing_head else 0))
+        shards.check_room(folder, needed + (0 if missing_head is None else head_bytes(missing_head)))
         if begun is None or difference:
             (folder / HEAD).unlink(missing_ok=True)  # first: a head always belongs to the header beside it
             shards.write_header(folder, header)

@@ -257,8 +257,6 @@ def read_header(folder: Path) -> Header:
         if not (fits(fields[name]) or (may_lack and fields[name] is None)):
             raise GrowError(asked, f"{HEADER} is damaged: {name} is {short(fields[name])}", valid)
     header = Header(**fields)
-    if len({header.hidden_size is None, header.hidden_dtype is None, header.head is None}) > 1:
-        raise GrowError(asked, f"{HEADER} is damaged: it has a part of what hidden states need", valid)
     header.record_format  # noqa: B018  raises GrowError for settings that no cache has
     if header.key != key:
         raise GrowError(asked, f"{HEADER} was changed: its own hash does not match", valid)

@@ -52,7 +52,8 @@ class StateFormat:
 
     def decode(self, records: np.ndarray, asked: str = "reading a teacher's hidden states") -> Tensor:
         """States [N, H], from uint8 [N, R]; GrowError where no finite teacher has them."""
-        states = torch.from_numpy(records).view(self.dtype)
+        states = torch.empty(len(records), self.hidden_size, dtype=self.dtype)
+        states.view(torch.uint8).copy_(torch.from_numpy(records))
         if not states.isfinite().all():
             valid = "a cache of a teacher whose states are finite, written again"
             raise GrowError(asked, "it holds hidden states that are no numbers", valid)
