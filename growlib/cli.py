@@ -131,10 +131,16 @@ def _cache_options(command: Parser) -> None:
     command.add_argument("--model", metavar="NAME", help="the server's name for the teacher")
     command.add_argument("--tokenizer", metavar="FOLDER", help="of a served teacher")
     command.add_argument("--vocab", type=int, metavar="N", help="token ids of a served teacher (default: tokenizer's)")
-    command.add_argument("--top-k", type=int, default=16, help="exact tokens per position (default: %(default)s)")
-    command.add_argument("--samples", type=int, default=12, help="draws per position (default: %(default)s)")
-    command.add_argument("--temperature", type=float, default=1.0, help="of the softmax (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    command.add_argument(
+        "--store",
+        choices=["probabilities", "hidden"],
+        default="probabilities",
+        help="probabilities, or hidden states and the head once: exact at any temperature (default: %(default)s)",
+    )
+    command.add_argument("--top-k", type=int, help="probabilities: exact tokens per position (default: 16)")
+    command.add_argument("--samples", type=int, help="probabilities: draws per position (default: 12)")
+    command.add_argument("--temperature", type=float, help="probabilities: of the softmax (default: 1)")
+    command.add_argument("--seed", type=int, help="probabilities: of the draws (default: 0)")
     command.add_argument("--length", type=int, default=512, help="tokens of a block of text (default: %(default)s)")
     command.add_argument("--batch-size", type=int, default=8, help="examples at once (default: %(default)s)")
     command.add_argument("--held-out", metavar="DATA", help="data on which the teacher's own loss is measured")

@@ -220,11 +220,14 @@ def cache(options: argparse.Namespace) -> int:
         valid = "growlib cache TEACHER DATA FOLDER, growlib cache answers FILE FOLDER, or growlib cache verify FOLDER"
         raise GrowError("growlib cache " + " ".join(words), f"these are {len(words)} arguments", valid)
     if words[0] == "answers" or is_served:
+        if options.store == "hidden":
+            raise GrowError("growlib cache --store hidden", "servers do not give hidden states", "no --store")
         tokenizer = tokenizer_at(options.tokenizer) if options.tokenizer else None
-        server = Server(words[0], options.model or "", options.top_k) if is_served else None
+        top_k = 16 if options.top_k is None else options.top_k
+        server = Server(words[0], options.model or "", top_k) if is_served else None
         asked: Any = read_examples(words[1], tokenizer, options.length) if is_served else AnswerFile(words[1])
         return _told(
-            cache_served(asked, words[2], server=server, top_k=options.top_k, vocab=options.vocab, tokenizer=tokenizer),
+            cache_served(asked, words[2], server=server, top_k=top_k, vocab=options.vocab, tokenizer=tokenizer),
             words[2],
         )
     teacher, data = words[2:] or ("", "") if verifying else words[:2]
@@ -244,6 +247,7 @@ def cache(options: argparse.Namespace) -> int:
         model,
         dataset,
         words[2],
+        store=options.store,
         top_k=options.top_k,
         samples=options.samples,
         temperature=options.temperature,

@@ -51,6 +51,7 @@ from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 from growlib.ki import Projection, Targets, TeacherCache, fused, ki_loss, linear_ki_loss
 from growlib.ki.cache.data import Blocks
 from growlib.ki.cache.examples import examples_of
+from growlib.ki.cache.records import RecordFormat
 from growlib.ki.cache.shards import FORMAT, Header, StoredExample, shard_path, write_header, write_shard
 from growlib.ki.tasks import Positions
 
@@ -235,8 +236,8 @@ def bench_reading(sizes: Sizes, folder: Path) -> Row:
         examples=len(rows), dataset="random", shard_examples=len(rows), batch_size=1, held_out_ce=None,
     )  # fmt: skip
     logits = torch.from_numpy(random.standard_normal((length, sizes.vocab), np.float32))
-    said = header.record_format.encode(Targets.sample(logits, TOP_K, SAMPLES))
-    width = header.record_format.bytes_per_position
+    record_format = RecordFormat(sizes.vocab, TOP_K, SAMPLES, 1.0)
+    said, width = record_format.encode(Targets.sample(logits, TOP_K, SAMPLES)), record_format.bytes_per_position
     folder.mkdir()
     write_header(folder, header)
     found = [examples_of(row, "causal", Positions.of(row, "causal"))[0] for row in rows]

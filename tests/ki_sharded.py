@@ -23,6 +23,7 @@ rows, teacher = examples(16), llama(1, hidden=8)
 cache_teacher(teacher, rows, folder / "cache", data_collator=collate, shard_examples=3, top_k=8, samples=0)
 with pytest.raises(GrowError, match="seed = 1"):  # in both
     cache_teacher(teacher, rows, folder / "cache", data_collator=collate, shard_examples=3, top_k=8, samples=0, seed=1)
+cache_teacher(teacher, rows, folder / "hidden", data_collator=collate, shard_examples=3, store="hidden")
 ki = KIConfig(teacher=folder / "cache", stop_at=0.7)
 options = {"logging_strategy": "steps", "logging_steps": 1, "max_steps": 3, "per_device_train_batch_size": 2}
 student = llama(0, num_hidden_layers=2)

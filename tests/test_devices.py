@@ -48,7 +48,7 @@ def test_targets_are_the_same_on_every_device(device):
         torch.testing.assert_close(there.tail.cpu(), here.tail)
 
 
-@pytest.mark.parametrize("source", ["online", "top-k", "cache", "on the CPU"])
+@pytest.mark.parametrize("source", ["online", "top-k", "cache", "hidden", "on the CPU"])
 def test_a_few_steps_are_those_of_the_cpu(tmp_path, device, source):
     rows = examples(16)
     llama(1, hidden=8).save_pretrained(tmp_path / "teacher")
@@ -56,6 +56,9 @@ def test_a_few_steps_are_those_of_the_cpu(tmp_path, device, source):
         path = tmp_path / "cache"
         cache_teacher(tmp_path / "teacher", rows, path, data_collator=collate, top_k=8, samples=4)
         ki = KIConfig(teacher=path, stop_at=0.7)
+    elif source == "hidden":
+        cache_teacher(tmp_path / "teacher", rows, tmp_path / "cache", data_collator=collate, store="hidden")
+        ki = half(tmp_path / "cache", temperature=2.0)
     elif source == "on the CPU":
         placed = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", device_map={"": "cpu"})
         ki = half(placed)

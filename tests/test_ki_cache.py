@@ -24,11 +24,21 @@ from growlib.ki.cache.examples import examples_of
 from growlib.ki.tasks import Positions
 
 ROWS = examples(40)
+CPU = torch.device("cpu")
 
 
 def write(folder, model=None, rows=ROWS, **options):
     defaults = {"shard_examples": 16, "batch_size": 4, "data_collator": collate, "top_k": 8, "samples": 6}
     return cache_teacher(model or llama(1, hidden=8), rows, folder, **{**defaults, **options})
+
+
+HIDDEN = {"store": "hidden", "top_k": None, "samples": None}
+STORES = pytest.mark.parametrize("store", [{}, HIDDEN], ids=["probabilities", "hidden"])
+
+
+def content(targets):
+    """What tells the targets of one position from another's."""
+    return targets.logprobs if isinstance(targets, Targets) else targets.hidden
 
 
 def bytes_of(folder):
@@ -56,16 +66,18 @@ def test_the_cache_holds_what_the_teacher_says(tmp_path, name, samples):
     assert verify_cache(tmp_path / "cache", teacher, ROWS, data_collator=collate).kl < 1e-6
 
 
-def test_a_second_call_continues_and_a_finished_cache_is_left_alone(tmp_path):
+@STORES
+def test_a_second_call_continues_and_a_finished_cache_is_left_alone(tmp_path, store):
     folder = tmp_path / "cache"
-    write(folder)
+    write(folder, **store)
     before, times = bytes_of(folder), {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert sorted(before) == ["header.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
+    head = ["head.safetensors"] if store else []
+    assert sorted(before) == [*head, "header.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
     (folder / "shard-00001.safetensors").unlink()
     (folder / ".shard-00001.safetensors-77").write_bytes(b"half")
     with pytest.raises(GrowError, match=r"shard-00001.* is missing"):
         TeacherCache(folder)
-    write(folder)
+    write(folder, **store)
     assert bytes_of(folder) == before
     assert all(times[p] == p.stat().st_mtime_ns for p in times if p.name != "shard-00001.safetensors")
 
@@ -103,11 +115,13 @@ def test_a_dataset_that_shrinks_is_named_and_leaves_whole_shards(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_killed_twenty_times_it_ends_with_the_bytes_of_an_undisturbed_one(tmp_path):
+@STORES
+def test_killed_twenty_times_it_ends_with_the_bytes_of_an_undisturbed_one(tmp_path, store):
     rows = examples(96)
     teacher = llama(1, hidden=8)
+    settings = {"shard_examples": 4, "batch_size": 2, **store}
     start = time.perf_counter()
-    write(tmp_path / "whole", teacher, rows, shard_examples=4, batch_size=2)
+    write(tmp_path / "whole", teacher, rows, **settings)
     whole = time.perf_counter() - start
     moments = random.Random(0)
     killed = 0
@@ -116,14 +130,14 @@ def test_killed_twenty_times_it_ends_with_the_bytes_of_an_undisturbed_one(tmp_pa
         if child == 0:  # no pytest in here: leave by os._exit alone, and take no lock with it
             try:
                 tqdm.set_lock(threading.RLock())
-                write(tmp_path / "cache", teacher, rows, shard_examples=4, batch_size=2)
+                write(tmp_path / "cache", teacher, rows, **settings)
             finally:
                 os._exit(0)
         time.sleep(moments.uniform(0, whole / 6))
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
     assert killed >= 10
-    write(tmp_path / "cache", teacher, rows, shard_examples=4, batch_size=2)
+    write(tmp_path / "cache", teacher, rows, **settings)
     assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "whole")
 
 
@@ -148,11 +162,12 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path, change, 
     assert bytes_of(tmp_path / "cache") == before
 
 
-def test_any_flipped_byte_is_named(tmp_path):
+@STORES
+def test_any_flipped_byte_is_named(tmp_path, store):
     """Of every file, at many places: opening or reading says which file; no target is ever silently wrong."""
-    whole = write(tmp_path / "cache")
+    whole = write(tmp_path / "cache", **store)
     batches = [collate(ROWS[i : i + 8]) for i in range(0, 40, 8)]
-    expected = [whole.read(batch)[0].logprobs for batch in batches]
+    expected = [whole.read(batch)[0].targets(1.0, CPU).logprobs for batch in batches]
     places = random.Random(0)
     refused = 0
     for path in sorted((tmp_path / "cache").iterdir()):
@@ -165,14 +180,14 @@ def test_any_flipped_byte_is_named(tmp_path):
             (damaged / path.name).write_bytes(content)
             try:
                 cache = TeacherCache(damaged)
-                read = [cache.read(batch)[0].logprobs for batch in batches]
+                read = [cache.read(batch)[0].targets(1.0, CPU).logprobs for batch in batches]
             except GrowError as error:
                 refused += path.name in str(error)
             else:  # spaces of a JSON header
                 assert all(torch.equal(a, b) for a, b in zip(read, expected, strict=True))
                 refused += 1
             shutil.rmtree(damaged)
-    assert refused == 4 * 15
+    assert refused == (5 if store else 4) * 15
 
 
 def test_a_teacher_that_was_cast_is_verified_as_it_was_cast(tmp_path):
@@ -294,11 +309,13 @@ def test_training_from_a_cache_is_training_with_the_online_top_k(tmp_path, tail)
     assert 0.5 * exact[0] < logs[0][0]["ki/teacher_ce"] < 2 * exact[0]
 
 
+@STORES
 @pytest.mark.parametrize("proof", [{"ki": {"common_vocab": VOCAB}}, {"processing_class": tokenizer(VOCAB - 3)}])
-def test_a_student_of_more_ids_learns_from_a_cache_whose_ids_are_proven(tmp_path, proof):
-    write(tmp_path / "cache", tokenizer=tokenizer(VOCAB - 3))
-    ki = KIConfig(teacher=tmp_path / "cache", **proof.pop("ki", {}))
-    assert train(tmp_path, llama(0, vocab=VOCAB + 2), ki, ROWS, trainer_options=proof).state.global_step == 1
+def test_a_student_of_more_ids_learns_from_a_cache_whose_ids_are_proven(tmp_path, proof, store):
+    write(tmp_path / "cache", tokenizer=tokenizer(VOCAB - 3), **store)
+    ki = KIConfig(teacher=tmp_path / "cache", **proof.get("ki", {}))
+    options = {name: value for name, value in proof.items() if name != "ki"}
+    assert train(tmp_path, llama(0, vocab=VOCAB + 2), ki, ROWS, trainer_options=options).state.global_step == 1
 
 
 def test_draws_alone_have_no_gate(tmp_path):
@@ -338,7 +355,8 @@ def test_random_masks_are_refused(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_masks_come_from_seed_epoch_and_example(tmp_path):
+@STORES
+def test_masks_come_from_seed_epoch_and_example(tmp_path, store):
     plain = [{"input_ids": row["input_ids"]} for row in ROWS]
     masked = MaskedExamples(plain, mask_token=0, vocab=VOCAB, masks=3, share=0.4, special=(1,))
     seen = {}
@@ -355,7 +373,7 @@ def test_masks_come_from_seed_epoch_and_example(tmp_path):
     assert not torch.equal(seen[0], seen[1])
     kinds = [(seen[0] == 0)[chosen].float().mean().item() for chosen in [seen[0] != collate(plain)["input_ids"]]]
     assert 0.7 < kinds[0] <= 1.0
-    cache = write(tmp_path / "cache", bert(1, hidden=8), masked.all_masks())
+    cache = write(tmp_path / "cache", bert(1, hidden=8), masked.all_masks(), **store)
     assert len(cache) == 3 * len(plain)
     student = bert(0)
     trainer = train(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from ki_tiny import VOCAB, bert, collate, examples, llama
-from test_ki_cache import bytes_of, write
+from test_ki_cache import HIDDEN, STORES, bytes_of, write
 from test_ki_cache_files import FIRST
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -188,16 +188,17 @@ def test_a_teachers_file_that_is_none(tmp_path, teacher, name, kind):
         assert name.startswith("tokenizer")
 
 
-@pytest.mark.parametrize("name", ["header.json", FIRST])
+@pytest.mark.parametrize("name", ["header.json", FIRST, "head.safetensors"])
 @pytest.mark.parametrize("kind", PUT)
 def test_a_caches_file_that_is_none(tmp_path, name, kind):
-    path = write(tmp_path / "cache").path / name
+    store = HIDDEN if name == "head.safetensors" else {}
+    path = write(tmp_path / "cache", **store).path / name
     path.unlink()
     PUT[kind](path)
     with pytest.raises(GrowError):
         verify_cache(tmp_path / "cache")
     with suppress(GrowError):  # a link that leads nowhere is a file that is missing
-        write(tmp_path / "cache")
+        write(tmp_path / "cache", **store)
         assert kind == "dangling"
         verify_cache(tmp_path / "cache")
 
@@ -243,18 +244,20 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("free", [0, 1000])
-def test_a_disk_without_room_is_named_before_the_work(tmp_path, monkeypatch, free):
+@STORES
+def test_a_disk_without_room_is_named_before_the_work(tmp_path, monkeypatch, free, store):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, free))
     monkeypatch.setattr("growlib.ki.cache.capture._fill", lambda *_: pytest.fail("it began"))
     with pytest.raises(GrowError, match=r"it takes about .* GB more, and .* GB of the disk are free"):
-        write(tmp_path / "cache")
+        write(tmp_path / "cache", **store)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "no"), OSError(5, "io")])
 @pytest.mark.parametrize("what", ["save_file", "os.replace", "os.fsync"])
-def test_a_disk_that_fails_in_the_middle(tmp_path, monkeypatch, error, what):
-    """One line says it, and the same call goes on."""
-    expected, calls = bytes_of(write(tmp_path / "whole").path), []
+@STORES
+def test_a_disk_that_fails_in_the_middle(tmp_path, monkeypatch, error, what, store):
+    """One line says it, and the same call goes on. The second file is the head, or a shard."""
+    expected, calls = bytes_of(write(tmp_path / "whole", **store).path), []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -267,26 +270,28 @@ def test_a_disk_that_fails_in_the_middle(tmp_path, monkeypatch, error, what):
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing)
         with pytest.raises(GrowError, match="a file cannot be written"):
-            write(tmp_path / "cache")
+            write(tmp_path / "cache", **store)
     assert all(not file.startswith(".") for file in os.listdir(tmp_path / "cache"))
-    assert bytes_of(write(tmp_path / "cache").path) == expected
+    assert bytes_of(write(tmp_path / "cache", **store).path) == expected
 
 
-def test_the_second_of_two_writers_is_told(tmp_path):
-    cache = write(tmp_path / "cache")
+@STORES
+def test_the_second_of_two_writers_is_told(tmp_path, store):
+    cache = write(tmp_path / "cache", **store)
     (cache.path / FIRST).unlink()
     before = bytes_of(cache.path)
     with shards.alone(cache.path), pytest.raises(GrowError, match="another call writes to it now"):
-        write(tmp_path / "cache")
+        write(tmp_path / "cache", **store)
     assert bytes_of(cache.path) == before
-    write(tmp_path / "cache")
+    write(tmp_path / "cache", **store)
 
 
 @pytest.mark.parametrize("umask", [0o077, 0o022, 0o002, 0o027])
-def test_modes_are_those_that_the_umask_asks_for(tmp_path, umask):
+@STORES
+def test_modes_are_those_that_the_umask_asks_for(tmp_path, umask, store):
     before = os.umask(umask)
     try:
-        path = write(tmp_path / "a" / "cache").path
+        path = write(tmp_path / "a" / "cache", **store).path
     finally:
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~umask}

@@ -92,13 +92,14 @@ def test_the_teachers_ce_is_a_mean_over_the_labels_that_it_knows(tmp_path):
 
 
 def test_a_cache_of_another_format_is_refused_and_left_alone(tmp_path):
-    """Such as format 2, whose header has a `head`."""
+    """Such as format 3, whose header has no hidden states."""
     folder = write(tmp_path / "cache").path
     fields = json.loads((folder / "header.json").read_text())
-    (folder / "header.json").write_text(json.dumps({**fields, "format": 2, "head": fields.pop("task")}))
+    older = {name: value for name, value in fields.items() if name not in ("hidden_size", "hidden_dtype", "head")}
+    (folder / "header.json").write_text(json.dumps({**older, "format": 3}))
     before = bytes_of(folder)
     for use in (TeacherCache, write, lambda path: train(tmp_path, llama(0), KIConfig(teacher=path), ROWS)):
-        with pytest.raises(GrowError, match=r"is not of format 3.* write the cache again, into a new folder"):
+        with pytest.raises(GrowError, match=r"is not of format 4.* write the cache again, into a new folder"):
             use(folder)
     assert bytes_of(folder) == before
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ki_tiny import VOCAB, collate, llama
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_ki_cache import ROWS, bytes_of, write
+from test_ki_cache import HIDDEN, ROWS, bytes_of, content, write
 from test_ki_cache_faults import words
 from test_ki_cache_files import FIRST
 from test_ki_sources_fuzz import JSON
@@ -73,10 +73,16 @@ def whole(tmp_path_factory):
     return write(tmp_path_factory.mktemp("whole") / "cache", shard_examples=64).path
 
 
+@pytest.fixture(scope="module")
+def whole_hidden(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("hidden") / "cache", shard_examples=64, **HIDDEN).path
+
+
 @settings(max_examples=60, **FUZZ)
 @given(data=st.data())
-@pytest.mark.parametrize("name", ["header.json", FIRST])
-def test_no_broken_byte_of_a_cache_passes(whole, tmp_path_factory, name, data):
+@pytest.mark.parametrize("name", ["header.json", FIRST, "head.safetensors"])
+def test_no_broken_byte_of_a_cache_passes(whole, whole_hidden, tmp_path_factory, name, data):
+    whole = whole_hidden if name == "head.safetensors" else whole
     folder = tmp_path_factory.mktemp("any") / "cache"
     shutil.copytree(whole, folder)
     _break(folder / name, data)
@@ -85,7 +91,7 @@ def test_no_broken_byte_of_a_cache_passes(whole, tmp_path_factory, name, data):
     with suppress(GrowError):
         verify_cache(folder)
         assert json.loads((folder / "header.json").read_text()) == json.loads((whole / "header.json").read_text())
-        assert load_equal(folder / FIRST, whole / FIRST)
+        assert all(load_equal(folder / path.name, path) for path in whole.glob("*.safetensors"))
 
 
 def load_equal(one, other):
@@ -95,9 +101,15 @@ def load_equal(one, other):
 
 @settings(max_examples=30, **FUZZ)
 @given(fields=st.dictionaries(st.sampled_from([*shards.FIELDS, "key", "more"]), JSON, min_size=1, max_size=2))
+@example(fields={"hidden_size": 8, "hidden_dtype": "float32"})
+@example(fields={"hidden_size": 4, "hidden_dtype": "float64"})
+@example(fields={"head": None})
+@example(fields={"head": "0", "hidden_size": None})
 @pytest.mark.parametrize("signed", [True, False])
-def test_a_header_of_any_fields_is_read_or_refused(whole, tmp_path_factory, fields, signed):
+@pytest.mark.parametrize("store", [{}, HIDDEN], ids=["probabilities", "hidden"])
+def test_a_header_of_any_fields_is_read_or_refused(whole, whole_hidden, tmp_path_factory, fields, signed, store):
     """Signed: its own hash is made to match, as by somebody who edits it on purpose."""
+    whole = whole_hidden if store else whole
     folder = tmp_path_factory.mktemp("any") / "cache"
     shutil.copytree(whole, folder)
     header = json.loads((folder / "header.json").read_text()) | fields
@@ -108,15 +120,17 @@ def test_a_header_of_any_fields_is_read_or_refused(whole, tmp_path_factory, fiel
     (folder / "header.json").write_text(json.dumps(header))
     with suppress(GrowError):
         cache = TeacherCache(folder)
-        assert cache.read(collate(ROWS))[0].logprobs.isfinite().all()
+        assert content(cache.read(collate(ROWS))[0]).isfinite().all()
     with suppress(GrowError):
-        write(folder, shard_examples=64)
+        write(folder, shard_examples=64, **store)
 
 
 @settings(max_examples=40, **FUZZ)
 @given(data=st.data())
-def test_records_of_anything_are_refused_or_numbers(whole, tmp_path_factory, data):
+@pytest.mark.parametrize("store", [{}, HIDDEN], ids=["probabilities", "hidden"])
+def test_records_of_anything_are_refused_or_numbers(whole, whole_hidden, tmp_path_factory, data, store):
     """With checksums that match."""
+    whole = whole_hidden if store else whole
     folder = tmp_path_factory.mktemp("any") / "cache"
     shutil.copytree(whole, folder)
     with safe_open(folder / FIRST, "numpy") as file:
@@ -133,6 +147,9 @@ def test_records_of_anything_are_refused_or_numbers(whole, tmp_path_factory, dat
     save_file(tensors, folder / FIRST, metadata)
     with suppress(GrowError):
         targets, _ = TeacherCache(folder).read(collate(ROWS))
+        assert content(targets).isfinite().all()
+        if store:
+            return
         assert targets.ids.max() < VOCAB
         assert not targets.logprobs.isnan().any()
         assert not targets.tail.isnan().any()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from ki_tiny import VOCAB, collate, examples, llama
-from test_ki_cache import ROWS, write
+from test_ki_cache import ROWS, STORES, write
 from test_ki_teacher import tokenizer
 
 from growlib import GrowError
@@ -17,9 +17,10 @@ def verify(cache, *sources, **options):
     return verify_cache(cache.path, *sources, data_collator=collate, **options)
 
 
-def test_a_sample_may_hold_no_position(tmp_path):
+@STORES
+def test_a_sample_may_hold_no_position(tmp_path, store):
     rows = [*ROWS[:3], {**ROWS[3], "labels": torch.full((10,), -100)}]
-    cache = write(tmp_path / "cache", rows=rows)
+    cache = write(tmp_path / "cache", rows=rows, **store)
     assert verify(cache, llama(1, hidden=8), rows).compared == cache.positions
     nothing = verify(cache, llama(1, hidden=8), rows, sample=0)
     assert (nothing.compared, nothing.identical, nothing.kl) == (0, 1.0, 0.0)
@@ -41,9 +42,10 @@ def test_a_teacher_that_is_given_is_not_cast(tmp_path):
     assert main([*words[:2], str(other.path), *words[3:]]) == 2
 
 
+@STORES
 @pytest.mark.parametrize("teacher", [(llama(1, hidden=8),), (None,)])
-def test_a_changed_or_shuffled_dataset_is_named_with_and_without_a_teacher(tmp_path, teacher):
-    cache = write(tmp_path / "cache")
+def test_a_changed_or_shuffled_dataset_is_named_with_and_without_a_teacher(tmp_path, teacher, store):
+    cache = write(tmp_path / "cache", **store)
     verify(cache, *teacher, ROWS)
     changed = [*ROWS]
     changed[7] = examples(41)[40]

@@ -48,6 +48,10 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert len(files) == 1 + 6
     assert all((one.path / name).read_bytes() == (tmp_path / "cache" / name).read_bytes() for name in files)
 
+    alike = cache_teacher(teacher, rows, tmp_path / "alike", data_collator=collate, shard_examples=3, store="hidden")
+    for path in alike.path.iterdir():
+        assert path.read_bytes() == (tmp_path / "hidden" / path.name).read_bytes()
+
     # Interrupted with two processes, finished by one.
     shard = tmp_path / "cache" / files[3]
     shard.unlink()

@@ -14,11 +14,19 @@ from growlib.ki.cache import remote
 ROWS = [{"input_ids": row, "labels": row} for row in torch.randint(61, (6, 8), generator=torch.manual_seed(0)).tolist()]
 
 
+STORES = {"probabilities": {"top_k": 4, "samples": 2}, "hidden": {"store": "hidden"}}
+
+
+@pytest.fixture(params=STORES)
+def store(request):
+    return STORES[request.param]
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(store, tmp_path, monkeypatch):
     """A cache at memory://bucket/cache, and nowhere on this machine."""
     monkeypatch.setattr(remote, "KEPT", tmp_path / "kept")
-    growlib.cache_teacher(tiny("llama", seed=1), ROWS, tmp_path / "cache", top_k=4, samples=2, shard_examples=2)
+    growlib.cache_teacher(tiny("llama", seed=1), ROWS, tmp_path / "cache", shard_examples=2, **store)
     memory = fsspec.filesystem("memory")
     memory.put(str(tmp_path / "cache"), "/bucket/cache", recursive=True)
     yield memory
@@ -50,13 +58,15 @@ def test_files_are_fetched_once(place, tmp_path, monkeypatch):
     assert [name.rpartition("/")[2] for name, _ in fetches] == ["shard-00001.safetensors"]
 
 
-def test_another_cache_at_the_same_place_is_fetched_anew(place, tmp_path):
+@pytest.mark.parametrize(("count", "options"), [(5, {}), (6, {"shard_examples": 2})])
+def test_another_cache_at_the_same_place_is_fetched_anew(place, store, tmp_path, count, options):
+    """Its files may be of the same sizes."""
     first = TeacherCache("memory://bucket/cache")
-    growlib.cache_teacher(tiny("llama", seed=3), ROWS[:5], tmp_path / "new", top_k=4, samples=2)
+    new = growlib.cache_teacher(tiny("llama", seed=3), ROWS[:count], tmp_path / "new", **store, **options)
     place.rm("/bucket/cache", recursive=True)
     place.put(str(tmp_path / "new"), "/bucket/cache", recursive=True)
     assert len(first) == 6
-    assert len(TeacherCache("memory://bucket/cache")) == 5
+    assert TeacherCache("memory://bucket/cache").header == new.header
 
 
 @pytest.mark.parametrize(

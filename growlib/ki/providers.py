@@ -18,8 +18,9 @@ from growlib.ki.config import KIConfig
 from growlib.ki.guard import Finding, Guard
 from growlib.ki.linear import teacher_ce
 from growlib.ki.predictions import Mixture, Predictions
+from growlib.ki.projection import Projection
 from growlib.ki.sources import name_of
-from growlib.ki.targets import Targets
+from growlib.ki.targets import Logits, Targets
 from growlib.ki.tasks import Positions, outcomes, task_of
 from growlib.ki.teacher import Teacher, in_own_dtype, resolve_teacher
 
@@ -72,13 +73,9 @@ class OnlineProvider:
         return HeldOut(self.teacher.common_vocab, None, self._ce_of)
 
     def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
-        predictions, k = self.teacher.predict(batch, positions), self.config.top_k
-        if k is None:
-            return [Part(self.name, None, predictions, None)]
-        tail, temperature = self.config.tail or "bucket", self.config.temperature
+        predictions = self.teacher.predict(batch, positions)
         with in_own_dtype(self.teacher.model, positions.labels.device):
-            top_k = Targets.top_k(predictions, k, tail=tail, temperature=temperature)
-        return [Part(self.name, None, top_k, None)]
+            return [Part(self.name, None, _most_probable(predictions, self.config), None)]
 
     @torch.no_grad()
     def _ce_of(self, batch: dict[str, Any], positions: Positions) -> Tensor:
@@ -92,8 +89,15 @@ class OnlineProvider:
         return total
 
 
+def _most_probable(whole: Logits | Projection, config: KIConfig) -> Predictions:
+    """As many tokens of a whole distribution as the settings ask for, or all."""
+    if config.top_k is None:
+        return whole
+    return Targets.top_k(whole, config.top_k, tail=config.tail or "bucket", temperature=config.temperature)
+
+
 class CacheProvider:
-    """Targets that a teacher has left on disk."""
+    """What a teacher has left on disk: targets, or its hidden states and its head."""
 
     def __init__(self, cache: TeacherCache, config: KIConfig) -> None:
         self.cache, self.config, self.name = cache, config, name_of(cache.path)
@@ -101,11 +105,13 @@ class CacheProvider:
         self.held_out = None if ce is None else HeldOut(cache.header.vocab, ce, None)
 
     def parts(self, batch: dict[str, Any], positions: Positions) -> list[Part]:
-        targets, ce_2 = self.cache.read(batch, positions)
-        if self.config.tail is not None:
-            targets = targets.treated(self.config.tail)
-        device = positions.labels.device
-        return [Part(self.name, None, targets.to(device), ce_2.to(device))]
+        said, ce_2 = self.cache.read(batch, positions, positions.labels.device)
+        if isinstance(said, Targets):
+            predictions: Predictions = said if self.config.tail is None else said.treated(self.config.tail)
+        else:
+            with torch.autocast(said.device.type, enabled=False):
+                predictions = _most_probable(said, self.config)
+        return [Part(self.name, None, predictions, ce_2)]
 
     def give_back(self) -> None:
         """Nothing was borrowed."""
@@ -196,13 +202,9 @@ def load_provider(
             cache = TeacherCache(teacher)
             _check_cache(cache, config, student, tokenizer)
             return CacheProvider(cache, config)
-        if config.tail is not None and config.top_k is None:
-            asked = f"KIConfig(tail={config.tail!r}) with an online teacher"
-            raise GrowError(asked, "its whole distribution has no tail", "top_k beside it, or a cache, or no tail")
+        _check_tail(config, "an online teacher")
         online = resolve_teacher(config, teacher, student, tokenizer, device, guard)
-        if config.top_k is not None and config.top_k > online.common_vocab:
-            wrong = f"teacher and student share {online.common_vocab} token ids"
-            raise GrowError(f"KIConfig(top_k={config.top_k})", wrong, f"at most {online.common_vocab}")
+        _check_top_k(config, online.common_vocab)
         return OnlineProvider(online, config)
 
     providers = [one(teacher) for teacher in config.teachers]
@@ -213,15 +215,30 @@ def load_provider(
     return providers[0]
 
 
+def _check_tail(config: KIConfig, teacher: str) -> None:
+    """Raise GrowError where a whole distribution would be treated as one with a tail."""
+    if config.tail is not None and config.top_k is None:
+        asked, valid = f"KIConfig(tail={config.tail!r}) with {teacher}", "a cache of probabilities, or no tail"
+        raise GrowError(asked, "its whole distribution has no tail", f"top_k beside it, or {valid}")
+
+
+def _check_top_k(config: KIConfig, shared: int) -> None:
+    """Raise GrowError where more tokens are asked for than there are."""
+    if config.top_k is not None and config.top_k > shared:
+        wrong = f"teacher and student share {shared} token ids"
+        raise GrowError(f"KIConfig(top_k={config.top_k})", wrong, f"at most {shared}")
+
+
 def _check_cache(cache: TeacherCache, config: KIConfig, student: PreTrainedModel, tokenizer: Any) -> None:
     """Raise GrowError where a cache cannot teach the student."""
     asked = f"KIConfig(teacher={str(cache.path)!r}, temperature={config.temperature})"
     header, vocab, task = cache.header, outcomes(student), task_of(student)
     if header.task != task:
         raise GrowError(asked, f"the cache is of a {header.task} model, the student {task}", f"a {task} one")
-    if header.temperature != config.temperature:
+    if header.store == "probabilities" and header.temperature != config.temperature:
         wrong = f"it has the {header.top_k} most probable tokens at temperature {header.temperature} only"
-        raise GrowError(asked, wrong, f"temperature={header.temperature}, or a cache at {config.temperature}")
+        valid = f"temperature={header.temperature}, a cache at {config.temperature}, or one with store='hidden'"
+        raise GrowError(asked, wrong, valid)
     cache.check_tokenizer(tokenizer)
     has_both = tokenizer is not None and header.tokenizer is not None
     padded = has_both and max(tokenizer.get_vocab().values()) < header.vocab
@@ -232,8 +249,12 @@ def _check_cache(cache: TeacherCache, config: KIConfig, student: PreTrainedModel
         wrong += unproven if config.common_vocab is None else f"common_vocab={shared}"
         same = f"where its ids mean the same to the student, common_vocab={header.vocab}"
         raise GrowError(asked, wrong, f"a cache written with vocab={min(shared, vocab)}, or, {same}")
+    if header.store == "hidden":
+        _check_tail(config, "a cache of hidden states")
+        _check_top_k(config, header.vocab)
+        return
     if config.top_k is not None:
-        raise GrowError(asked, "top_k is for online teachers; a cache has its own", "no top_k")
+        raise GrowError(asked, "top_k is for whole distributions; a cache of probabilities has its own", "no top_k")
     if config.gate and header.top_k == 0:
         wrong = "the gate needs the probability of the label, which draws do not give"
         raise GrowError(asked, wrong, "a cache with a top_k")

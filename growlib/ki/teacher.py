@@ -85,6 +85,7 @@ class Teacher:
         task: decides how its labels are aligned with its logits.
         names: what its forward pass takes.
         limits: what it can read, known from its first prediction on.
+        no_head: why its logits are computed as a whole, where they are; known from then on, too.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Teacher:
         self._loan: Loan | None = None
         self._access: HeadAccess | None = None
         self._access_known = False
+        self.no_head: str | None = None
 
     def give_back(self) -> None:
         """End the loan, if its model is somebody's; the next prediction begins another."""
@@ -142,9 +144,11 @@ class Teacher:
         try:
             if self.task in WITHOUT_HEAD:
                 self._whole(kept)
+                self.no_head = "its logits are few"
             else:
                 self._access = access_head(self.model, self.model, kept)
         except NoHeadAccess as reason:
+            self.no_head = str(reason)
             logger.info("the teacher's logits are computed as a whole: %s", reason)
 
     def _whole(self, kept: Mapping[str, Any]) -> torch.Tensor:

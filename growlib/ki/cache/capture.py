@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from itertools import chain, islice
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import PartialState
@@ -20,13 +20,18 @@ from growlib.errors import GrowError
 from growlib.ki.cache import shards
 from growlib.ki.cache.batches import Collator
 from growlib.ki.cache.data import Examples
+from growlib.ki.cache.heads import HEAD, head_bytes, head_hash, write_head
 from growlib.ki.cache.reader import TeacherCache, is_cache
 from growlib.ki.cache.recorder import Recorder
 from growlib.ki.cache.records import RecordFormat
+from growlib.ki.cache.states import state_format
 from growlib.ki.head_access import tensor_parallel
+from growlib.ki.projection import Projection
 from growlib.ki.sources import load_teacher, model_in, name_of, short, tokenizer_at
 from growlib.ki.tasks import outcomes, task_of
 from growlib.ki.teacher import Teacher, place
+
+DEFAULTS = {"top_k": 16, "samples": 12, "temperature": 1.0, "seed": 0}  # of stored probabilities
 
 
 def cache_teacher(
@@ -34,10 +39,11 @@ def cache_teacher(
     dataset: Any,
     path: str | os.PathLike[str],
     *,
-    top_k: int = 16,
-    samples: int = 12,
-    temperature: float = 1.0,
-    seed: int = 0,
+    store: Literal["probabilities", "hidden"] = "probabilities",
+    top_k: int | None = None,
+    samples: int | None = None,
+    temperature: float | None = None,
+    seed: int | None = None,
     vocab: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     data_collator: Collator = default_data_collator,
@@ -51,17 +57,19 @@ def cache_teacher(
 
     An interrupted call continues where it stopped, with any number of processes (`accelerate launch`); the result has
     the same bytes. With the defaults a position takes 104 bytes (92 with at most 2^16 token ids), with `top_k=4,
-    samples=6` 38.
+    samples=6` 38, and with `store="hidden"` 2 H (H: the teacher's hidden size; float32: 4 H).
 
     Args:
         teacher: as in `KIConfig`.
         dataset: of examples as the Trainer takes them, with an index, or iterable (it is then read four times); a
             masked language model's masks must be the same each time (`MaskedExamples`).
         path: a folder, new or of an interrupted call.
-        top_k: exact tokens per position.
-        samples: draws per position from the tail; 0: none, and the tail is a bucket.
-        temperature: τ of the stored probabilities. They can be used at this τ only.
-        seed: of the draws.
+        store: "probabilities" of the most probable tokens and of draws; or "hidden", the states that the teacher's
+            head reads and, once, this head: its whole distribution, exact, at any temperature.
+        top_k: with probabilities, as all until `seed`: exact tokens per position; None: 16.
+        samples: draws per position from the tail; 0: none, and the tail is a bucket; None: 12.
+        temperature: τ of the stored probabilities. They can be used at this τ only. None: 1.
+        seed: of the draws; None: 0.
         vocab: how many token ids, from 0, teacher and student share; None: all of the teacher's.
         tokenizer: what made the tokens; None: the tokenizer beside the teacher's weights.
         data_collator: makes a batch with labels of a list of examples.
@@ -73,16 +81,15 @@ def cache_teacher(
         dtype: what a teacher that is given by its folder is loaded in.
 
     Raises:
-        GrowError: the dataset can be read only once or changes from one reading to the next; a setting is out of range;
-            the teacher cannot read it, its logits are no numbers, or depend on the examples before in a packed row; or
-            the folder holds another cache, is written to by another call, or cannot be written to.
+        GrowError: the dataset can be read only once or changes from one reading to the next; a setting is out of range,
+            or not for this store; the teacher cannot read it, its logits are no numbers, or depend on the examples
+            before in a packed row; growlib has no access to its head, whose states are asked for; or the folder holds
+            another cache, is written to by another call, or cannot be written to.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())  # the processes of accelerate or torchrun
     batch_size = _whole("batch_size", batch_size, 1)
     shard_examples = _whole("shard_examples", shard_examples, 1)
-    seed = _whole("seed", seed, -(1 << 63), (1 << 63) - 1)
-    if not isinstance(temperature, Real):
-        raise GrowError(f"cache_teacher(temperature={temperature!r})", "it is not a number", "such as 1.0")
+    settings = _settings(store, {"top_k": top_k, "samples": samples, "temperature": temperature, "seed": seed})
     folder = _folder(path)
     shards.check_place(folder)
     examples = Examples(dataset, "dataset")
@@ -91,27 +98,29 @@ def cache_teacher(
     if tokenizer is None:
         tokenizer = tokenizer_at(model.name_or_path or "")
     vocab = outcomes(model) if vocab is None else _whole("vocab", vocab, 1, outcomes(model))
-    record_format = RecordFormat(vocab, _whole("top_k", top_k, 0), _whole("samples", samples, 0), float(temperature))
     reader = Teacher(model, vocab, device=state.device, lent=lent)
+    seed = settings.pop("seed")
+    record_format = RecordFormat(vocab, **settings) if store == "probabilities" else state_format(reader, vocab)
     try:
         recorder = Recorder(reader, data_collator, batch_size, record_format, seed)
         glance = recorder.batches.glance(examples)
-        recorder.read(glance.longest)
+        head = recorder.head(glance.longest)
         header = shards.Header(
             format=shards.FORMAT,
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             teacher=shards.weights_hash(model),
             tokenizer=None if tokenizer is None else shards.tokenizer_hash(tokenizer),
             task=recorder.batches.task,
-            **dataclasses.asdict(record_format),
+            **({"top_k": 0, "samples": 0, "temperature": 1.0} | dataclasses.asdict(record_format)),
             seed=seed,
             examples=len(examples),
             dataset=glance.hash,
             shard_examples=shard_examples,
             batch_size=batch_size,
             held_out_ce=None if held_out is None else recorder.mean_ce(held_out),
+            head=None if head is None else head_hash(head),
         )
-        write_cache(folder, header, glance.positions, recorder, examples, state)
+        write_cache(folder, header, glance.positions, recorder, examples, state, head)
     finally:
         reader.give_back()
     return TeacherCache(folder)
@@ -122,6 +131,26 @@ def _folder(path: Any) -> Path:
     if "\0" in text:
         raise GrowError(f"caching a teacher in {short(path)}", "it is no path", "a folder")
     return Path(os.path.expanduser(text))
+
+
+def _settings(store: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of stored probabilities, checked; None is the default. Raises GrowError where the store has none."""
+    if store not in ("probabilities", "hidden"):
+        raise GrowError(f"cache_teacher(store={short(store)})", "there is no such store", "'probabilities' or 'hidden'")
+    given = {name: value for name, value in given.items() if value is not None}
+    if store == "hidden" and given:
+        asked = f"cache_teacher(store='hidden', {', '.join(f'{name}={short(x)}' for name, x in given.items())})"
+        wrong = "hidden states give the whole distribution, at the temperature that KIConfig names when they are read"
+        raise GrowError(asked, wrong, "no top_k, samples, temperature or seed; or store='probabilities'")
+    of_all = DEFAULTS | given
+    if not isinstance(of_all["temperature"], Real):
+        raise GrowError(f"cache_teacher(temperature={of_all['temperature']!r})", "it is not a number", "such as 1.0")
+    return {
+        "top_k": _whole("top_k", of_all["top_k"], 0),
+        "samples": _whole("samples", of_all["samples"], 0),
+        "temperature": float(of_all["temperature"]),
+        "seed": _whole("seed", of_all["seed"], -(1 << 63), (1 << 63) - 1),
+    }
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -159,11 +188,17 @@ class Stores(Protocol):
 
 
 def write_cache(
-    folder: Path, header: shards.Header, positions: float, recorder: Stores, dataset: Examples, state: PartialState
+    folder: Path,
+    header: shards.Header,
+    positions: float,
+    recorder: Stores,
+    dataset: Examples,
+    state: PartialState,
+    head: Projection | None = None,
 ) -> None:
     """Write all files that are missing; GrowError, in every process, where the main one cannot begin."""
     with ExitStack() as stack:
-        begun = _begin(folder, header, positions, stack) if state.is_main_process else None
+        begun = _begin(folder, header, positions, head, stack) if state.is_main_process else None
         refusal = broadcast_object_list([begun])[0]
         if refusal is not None:
             raise refusal
@@ -184,8 +219,10 @@ def _fill(folder: Path, header: shards.Header, recorder: Stores, dataset: Exampl
     state.wait_for_everyone()
 
 
-def _begin(folder: Path, header: shards.Header, positions: float, stack: ExitStack) -> GrowError | None:
-    """Write the header, or read the one of an interrupted call. Returns an error where this call cannot continue it.
+def _begin(
+    folder: Path, header: shards.Header, positions: float, head: Projection | None, stack: ExitStack
+) -> GrowError | None:
+    """Write header and head, or read those of an interrupted call. Returns an error where this call cannot continue it.
 
     Until `stack` ends, no other call does. `positions` is how many an example has on average.
     """
@@ -193,7 +230,7 @@ def _begin(folder: Path, header: shards.Header, positions: float, stack: ExitSta
     try:
         if folder.is_dir():
             stack.enter_context(shards.alone(folder))
-        abandoned = [*folder.glob(".header.json-*"), *folder.glob(".shard-*")]
+        abandoned = [*folder.glob(".header.json-*"), *folder.glob(".shard-*"), *folder.glob(f".{HEAD}-*")]
         begun = shards.read_header(folder) if is_cache(folder) else None
         difference = begun and begun.difference(header)
         if difference and any(folder.glob("shard-*")):
@@ -207,9 +244,14 @@ def _begin(folder: Path, header: shards.Header, positions: float, stack: ExitSta
             path.unlink(missing_ok=True)
         missing = sum(not shards.shard_path(folder, number).exists() for number in range(header.shards))
         examples = min(missing * header.shard_examples, header.examples)
-        shards.check_room(folder, examples * positions * header.record_format.bytes_per_position)
+        needed = examples * positions * header.record_format.bytes_per_position
+        missing_head = head if difference or not (folder / HEAD).exists() else None
+        shards.check_room(folder, needed + (0 if missing_head is None else head_bytes(missing_head)))
         if begun is None or difference:
+            (folder / HEAD).unlink(missing_ok=True)  # first: a head always belongs to the header beside it
             shards.write_header(folder, header)
+        if missing_head is not None:
+            write_head(folder, missing_head)
     except GrowError as error:
         return error
     except OSError as error:

@@ -1,6 +1,7 @@
 """Targets from a cache: the teacher itself is never loaded."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from growlib.errors import GrowError
 from growlib.ki.cache.examples import DIGEST_BYTES, Example, examples_of
+from growlib.ki.cache.heads import HEAD, on_device, read_head
 from growlib.ki.cache.remote import fetched, files_at, is_remote
 from growlib.ki.cache.shards import HEADER, Shard, read_header, shard_path, tokenizer_hash
+from growlib.ki.projection import Projection
 from growlib.ki.targets import Targets
 from growlib.ki.tasks import Positions
 
@@ -38,6 +41,8 @@ class TeacherCache:
         self._asked = f"reading the teacher's cache {str(path)!r}"
         self.header = read_header(self.path)
         self.shards = [Shard(shard_path(self.path, n), self.header) for n in range(self.header.shards)]
+        self._head = None if self.header.head is None else read_head(self.path, self.header)
+        self._placed: Projection | None = None  # the head where it was asked for
         digests = np.concatenate([shard.digests for shard in self.shards])
         self._order = np.lexsort(np.ascontiguousarray(digests).view("<u8").T)
         self._digests = np.ascontiguousarray(digests[self._order]).view("<u8")
@@ -57,7 +62,8 @@ class TeacherCache:
 
     @property
     def bytes_on_disk(self) -> int:
-        return sum(shard.path.stat().st_size for shard in self.shards)
+        head = [] if self._head is None else [self.path / HEAD]
+        return sum(path.stat().st_size for path in [*head, *(shard.path for shard in self.shards)])
 
     @property
     def teacher_ce(self) -> float:
@@ -73,13 +79,17 @@ class TeacherCache:
             wrong = "the cache was written with another tokenizer"
             raise GrowError(self._asked, wrong, "the same tokenizer, or a cache written with this one")
 
-    def read(self, batch: dict[str, Any], positions: Positions | None = None) -> tuple[Targets, Tensor]:
-        """The targets at the positions of a batch that count, and the teacher's CE there, on the CPU.
+    def read(
+        self, batch: dict[str, Any], positions: Positions | None = None, device: torch.device | str = "cpu"
+    ) -> tuple[Targets | Projection, Tensor]:
+        """What the teacher says at the positions of a batch that count, and its CE there.
 
-        The CE is [2]: its sum, and over how many labels, which are those among the teacher's token ids.
+        A cache of hidden states gives a `Projection`, any other `Targets`. The CE is [2]: its sum, and over how many
+        labels, which are those among the teacher's token ids.
 
         Args:
             positions: of the batch; None: as the cache's task aligns them.
+            device: where both go. The head goes there once.
 
         Raises:
             GrowError: an example is not in the cache, or its bytes are damaged.
@@ -88,7 +98,18 @@ class TeacherCache:
         places = self.find(examples_of(batch, self.header.task, positions))
         ce = [(self.shards[shard].teacher_ce[number], self.shards[shard].known[number]) for shard, number in places]
         ce_2 = torch.tensor(ce, dtype=torch.float32).view(-1, 2).sum(0)
-        return self.header.record_format.decode(self.records(places), self._asked), ce_2
+        device = torch.device(device)
+        return self.predictions(self.records(places), device), ce_2.to(device)
+
+    def predictions(self, records: np.ndarray, device: torch.device) -> Targets | Projection:
+        """What records, uint8 [N, R], say, on a device; GrowError where no finite teacher says it."""
+        said = self.header.record_format.decode(records, self._asked)
+        if isinstance(said, Targets):
+            return said.to(device)
+        assert self._head is not None
+        if self._placed is None or self._placed.device != device:
+            self._placed = on_device(self._head, device)
+        return replace(self._placed, hidden=said.to(device, non_blocking=True))
 
     def records(self, places: list[tuple[int, int]]) -> np.ndarray:
         """The records of the examples at these places, [N, R]."""

@@ -17,8 +17,10 @@ from growlib.ki.cache.data import Examples, batched
 from growlib.ki.cache.examples import Example, draw_keys
 from growlib.ki.cache.records import RecordFormat
 from growlib.ki.cache.shards import StoredExample
+from growlib.ki.cache.states import StateFormat, no_states
 from growlib.ki.linear import chunk_size
-from growlib.ki.targets import Targets
+from growlib.ki.projection import Projection
+from growlib.ki.targets import Logits
 from growlib.ki.tasks import Positions, outcomes
 from growlib.ki.teacher import Teacher
 
@@ -29,7 +31,12 @@ class Recorder:
     """A teacher, and the batches that it reads."""
 
     def __init__(
-        self, teacher: Teacher, collator: Collator, batch_size: int, record_format: RecordFormat, seed: int
+        self,
+        teacher: Teacher,
+        collator: Collator,
+        batch_size: int,
+        record_format: RecordFormat | StateFormat,
+        seed: int,
     ) -> None:
         self.teacher, self.format, self.seed = teacher, record_format, seed
         embedding = None if teacher.task == "image" else teacher.model.get_input_embeddings()
@@ -37,18 +44,23 @@ class Recorder:
         self.batches = Batches(collator, batch_size, teacher.task, teacher.names, ids)
         self.packing_is_proven = False
 
-    def chunks(self, batch: Batch) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(which of the N positions, their logits [n, V] in float32, their labels [n]), part by part."""
+    def chunks(self, batch: Batch) -> Iterator[tuple[slice, Logits | Projection, Tensor]]:
+        """(which of the N positions, what the teacher says there, their labels [n]), part by part."""
         predictions = self.teacher.predict(batch.inputs, batch.positions)
         labels = batch.positions.labels.to(predictions.device)
         chunk = chunk_size(self.teacher.common_vocab)
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
-            yield part, predictions.rows(part).logits().float(), labels[part]
+            yield part, predictions.rows(part), labels[part]
 
-    def read(self, batch: Batch) -> None:
-        """Raise GrowError where the teacher cannot read a batch."""
-        self.teacher.predict(batch.inputs, batch.positions)
+    def head(self, batch: Batch) -> Projection | None:
+        """The head that goes with hidden states; raises GrowError where there is none, or a batch cannot be read."""
+        said = self.teacher.predict(batch.inputs, batch.positions)
+        if isinstance(self.format, RecordFormat):
+            return None
+        if not isinstance(said, Projection):
+            raise no_states(self.teacher, self.teacher.no_head)
+        return said.rows(slice(0))
 
     def stored(self, examples: Iterable[dict], first: int) -> list[StoredExample]:
         """What a shard holds of these examples, the first of which has the number `first`."""
@@ -78,16 +90,11 @@ class Recorder:
         The CE is NaN where what the teacher says is no numbers, inf where it excludes the label.
         """
         records, ce = [np.empty((0, self.format.bytes_per_position), np.uint8)], [np.empty(0, np.float32)]
-        top_k, samples, tau = self.format.top_k, self.format.samples, self.format.temperature
-        for part, logits, labels in self.chunks(batch):
-            if samples:
-                of_part = keys[part].to(logits.device)
-                targets = Targets.sample(logits, top_k, samples, seed=self.seed, keys=of_part, temperature=tau)
-            else:
-                targets = Targets.top_k(logits, top_k, temperature=tau)
-            with np.errstate(invalid="ignore"):  # of NaN, which `stored` refuses
-                records.append(self.format.encode(targets))
-            ce.append(_ce(logits, labels).masked_fill(targets.no_numbers, torch.nan).cpu().numpy())
+        for part, said, labels in self.chunks(batch):
+            logits = said.logits().float()
+            record, no_numbers = self.format.record(said, logits, keys[part], self.seed)
+            records.append(record)
+            ce.append(_ce(logits, labels).masked_fill(no_numbers, torch.nan).cpu().numpy())
         return np.concatenate(records), np.concatenate(ce)
 
     @torch.no_grad()
@@ -95,11 +102,11 @@ class Recorder:
         """The teacher's mean CE over a dataset's labels that count and that it knows, nats."""
         total, known = 0.0, 0
         for chosen in dataset.batches(self.batches.size):
-            for _, logits, labels in self.chunks(self.batches.batch(chosen)):
-                ce = _ce(logits, labels)
+            for _, said, labels in self.chunks(self.batches.batch(chosen)):
+                ce = _ce(said.logits().float(), labels)
                 excluded = ce == torch.inf
                 total += float(ce.masked_fill(excluded, 0.0).sum())
-                known += int(((labels < logits.shape[1]) & ~excluded).sum())
+                known += int(((labels < said.vocab) & ~excluded).sum())
         if math.isnan(total):
             raise _no_numbers(f"the {dataset.name} dataset")
         return total / max(known, 1)

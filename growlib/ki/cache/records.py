@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from growlib.errors import GrowError
-from growlib.ki.targets import Targets
+from growlib.ki.projection import Projection
+from growlib.ki.targets import Logits, Targets
 
 LOWEST = -24.0  # nats; a listed token's log-probability is stored in even steps from here to 0
 MAX_ID_BITS = 22  # 10 bits are left for the log-probability then: steps of 0.023
@@ -65,6 +67,21 @@ class RecordFormat:
     @property
     def bytes_per_position(self) -> int:
         return sum(self.widths)
+
+    def record(self, _: Logits | Projection, logits: Tensor, keys: Tensor, seed: int) -> tuple[np.ndarray, Tensor]:
+        """Records [N, R] of the distributions of logits [N, V], and where these are no numbers, [N].
+
+        `keys`, [N], and `seed` are those of `Targets.sample`.
+        """
+        if self.samples:
+            keys = keys.to(logits.device)
+            targets = Targets.sample(
+                logits, self.top_k, self.samples, seed=seed, keys=keys, temperature=self.temperature
+            )
+        else:
+            targets = Targets.top_k(logits, self.top_k, temperature=self.temperature)
+        with np.errstate(invalid="ignore"):  # of NaN, which is refused
+            return self.encode(targets), targets.no_numbers
 
     def encode(self, targets: Targets) -> np.ndarray:
         """Records, uint8 [N, R]."""

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from filelock import FileLock
 from huggingface_hub import constants
 
 from growlib.errors import GrowError
+from growlib.ki.cache.shards import HEADER
 from growlib.ki.sources import first_line
 
 KEPT = Path(constants.HF_HOME) / "growlib"  # the machine's folder for what is fetched
@@ -49,20 +52,27 @@ def fetched(url: str) -> Path:
     if not listed:
         wrong = "there is no folder with files"
         raise GrowError(f"reading the teacher's cache {url!r}", wrong, "a folder that growlib.cache_teacher wrote")
-    folder = KEPT / hashlib.blake2b(f"{url} {sorted(listed.items())}".encode(), digest_size=16).hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
     system, root = fsspec.core.url_to_fs(url)
+    header = _fetch(url, HEADER, lambda: system.cat_file(f"{root.rstrip('/')}/{HEADER}")) if HEADER in listed else b""
+    # Caches of other teachers or data may have the same sizes, and not the same header.
+    folder = KEPT / hashlib.blake2b(f"{url} {sorted(listed.items())} ".encode() + header, digest_size=16).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         for name, size in listed.items():
             here = folder / name
             if here.is_file() and here.stat().st_size == size:
                 continue
             part = folder / f".{name}.part"
-            try:
-                system.get_file(f"{root.rstrip('/')}/{name}", str(part))
-            except Exception as error:  # whatever a storage's own library raises
-                wrong = f"{name} cannot be fetched ({type(error).__name__}: {first_line(error)})"
-                valid = "a place that this machine can read; what is fetched is kept, and the same call continues"
-                raise GrowError(f"reading the teacher's cache {url!r}", wrong, valid) from error
+            _fetch(url, name, partial(system.get_file, f"{root.rstrip('/')}/{name}", str(part)))
             os.replace(part, here)
     return folder
+
+
+def _fetch(url: str, name: str, fetch: Callable[[], Any]) -> Any:
+    """What the fetch of a file gives; GrowError where it fails."""
+    try:
+        return fetch()
+    except Exception as error:  # whatever a storage's own library raises
+        wrong = f"{name} cannot be fetched ({type(error).__name__}: {first_line(error)})"
+        valid = "a place that this machine can read; what is fetched is kept, and the same call continues"
+        raise GrowError(f"reading the teacher's cache {url!r}", wrong, valid) from error

@@ -4,6 +4,7 @@
     shard-00000.safetensors   digests [E, 16] uint8, starts [E + 1] int64, checksums [E] uint32,
                               teacher_ce [E] float32 (the teacher's CE at τ = 1, summed over its known labels),
                               known [E] int32 (how many labels are among its token ids), records [N, R] uint8
+    head.safetensors          the teacher's head, where the records are its hidden states: see heads.py
 
 Shapes: E examples of a shard, N their counted positions, R bytes of a record.
 """
@@ -16,7 +17,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +28,18 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from growlib.errors import GrowError
 from growlib.folders import read_json
 from growlib.ki.cache.examples import DIGEST_BYTES
 from growlib.ki.cache.records import RecordFormat
+from growlib.ki.cache.states import DTYPES, StateFormat
 from growlib.ki.sources import short
 from growlib.ki.tasks import AUTO_CLASSES, Task
 
-FORMAT = 3
+FORMAT = 4
 HEADER = "header.json"
 INDEX = {"digests": "u1", "starts": "i8", "checksums": "u4", "teacher_ce": "f4", "known": "i4"}
 
@@ -52,12 +54,14 @@ class Header:
         teacher: class and hash of the weights.
         tokenizer: hash of the (token, id) pairs; None where no tokenizer was given.
         task: of the teacher.
-        vocab, top_k, samples, temperature: see `RecordFormat`.
+        vocab, top_k, samples, temperature: see `RecordFormat`; 0, 0 and 1 where the records are hidden states.
         seed: of the draws.
         examples: their number, in `shards` files of `shard_examples`.
         dataset: hash of up to 256 examples, evenly spread.
         batch_size: of the teacher's forward passes.
         held_out_ce: the teacher's mean CE on held-out text, where it was measured.
+        hidden_size, hidden_dtype: see `StateFormat`; None where the records are probabilities.
+        head: hash of the teacher's head, which goes with hidden states.
     """
 
     format: int
@@ -75,10 +79,20 @@ class Header:
     shard_examples: int
     batch_size: int
     held_out_ce: float | None
+    hidden_size: int | None = None
+    hidden_dtype: str | None = None
+    head: str | None = None
 
     @property
-    def record_format(self) -> RecordFormat:
-        return RecordFormat(self.vocab, self.top_k, self.samples, self.temperature)
+    def store(self) -> str:
+        """What the records are: "probabilities" or "hidden" states."""
+        return "probabilities" if self.head is None else "hidden"
+
+    @property
+    def record_format(self) -> RecordFormat | StateFormat:
+        if self.head is None or self.hidden_size is None or self.hidden_dtype is None:
+            return RecordFormat(self.vocab, self.top_k, self.samples, self.temperature)
+        return StateFormat(self.vocab, self.hidden_size, self.hidden_dtype)
 
     @property
     def shards(self) -> int:
@@ -92,12 +106,15 @@ class Header:
 
     def difference(self, other: "Header") -> str | None:
         """What differs from another header, in words; None where nothing does."""
+        if self.store != other.store:
+            return f"store={other.store!r} and not {self.store!r}"
         words = {
             "format": "another format of the files",
             "teacher": "another teacher (the hash of its weights differs)",
             "tokenizer": "another tokenizer",
             "examples": f"a dataset of {other.examples} examples and not of {self.examples}",
             "dataset": "other examples, or the same in another order",
+            "head": "another head of the teacher (weight, bias, scale or soft-cap)",
         }
         for field in dataclasses.fields(self):
             mine, others = getattr(self, field.name), getattr(other, field.name)
@@ -139,6 +156,9 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], bool]] = {
     "shard_examples": (_whole(1), False),
     "batch_size": (_whole(1), False),
     "held_out_ce": (_finite, True),
+    "hidden_size": (_whole(1), True),
+    "hidden_dtype": (lambda value: _text(value) and value in DTYPES, True),
+    "head": (_text, True),
 }
 
 
@@ -175,7 +195,8 @@ def check_room(folder: Path, needed: float) -> None:
     free = shutil.disk_usage(folder).free
     if free < 0.9 * needed:
         wrong = f"it takes about {needed / 1e9:.3g} GB more, and {free / 1e9:.3g} GB of the disk are free"
-        raise GrowError(f"caching a teacher in {str(folder)!r}", wrong, "more room, or a smaller top_k and samples")
+        valid = "more room, or fewer bytes of a position (top_k, samples)"
+        raise GrowError(f"caching a teacher in {str(folder)!r}", wrong, valid)
 
 
 @contextmanager
@@ -196,7 +217,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[Path]:
+def written(path: Path) -> Iterator[Path]:
     """A path for a file's content, which is renamed when it is whole: no part of it is seen, even after a power cut."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
@@ -217,7 +238,7 @@ def _written(path: Path) -> Iterator[Path]:
 def write_header(folder: Path, header: Header) -> None:
     """Write header.json."""
     text = json.dumps({**dataclasses.asdict(header), "key": header.key}, indent=1)
-    with _written(folder / HEADER) as temporary:
+    with written(folder / HEADER) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -261,7 +282,7 @@ def write_shard(path: Path, key: str, examples: list[StoredExample]) -> None:
         "known": np.array([x.known for x in examples], np.int32),
     }
     records = np.concatenate([x.records for x in examples])
-    with _written(path) as temporary:
+    with written(path) as temporary:
         # One value: safetensors writes several in an order that changes from call to call.
         metadata = {"cache": f"{key} {path.stem} {_checksum(index)}"}
         save_file({**index, "records": records}, temporary, metadata)
@@ -320,11 +341,17 @@ class Shard:
 
 def weights_hash(model: nn.Module) -> str:
     """Of the class, and of every tensor's name, dtype, shape and bytes; tied tensors once."""
-    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
+    name = type(model).__name__
+    return f"{name} {tensors_hash(name, [*model.named_parameters(), *model.named_buffers()])}"
+
+
+def tensors_hash(first: str, named: Iterable[tuple[str, Tensor]]) -> str:
+    """Of a text, and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.blake2b(first.encode(), digest_size=16)
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    return f"{type(model).__name__} {digest.hexdigest()}"
+    return digest.hexdigest()
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

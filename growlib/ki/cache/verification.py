@@ -18,6 +18,7 @@ from growlib.ki.cache.examples import draw_keys
 from growlib.ki.cache.reader import TeacherCache
 from growlib.ki.cache.recorder import Recorder
 from growlib.ki.cache.shards import Header, weights_hash
+from growlib.ki.projection import Projection
 from growlib.ki.sources import model_in
 from growlib.ki.targets import Targets
 from growlib.ki.teacher import Teacher
@@ -33,7 +34,8 @@ class CacheVerification:
         bytes_per_position: of the records.
         compared: positions of the sample that the teacher was run on again; 0 without a teacher and a dataset.
         identical: the share of them whose record is the same byte for byte (another batch size rounds otherwise).
-        kl: mean KL(teacher ‖ cache) there, nats, over the listed tokens and the tail: what rounding cost.
+        kl: mean KL(teacher ‖ cache) there, nats, over the listed tokens and the tail, of hidden states over all tokens:
+            what rounding cost.
     """
 
     examples: int
@@ -122,23 +124,28 @@ def _teacher(asked: str, teacher: PreTrainedModel | str | os.PathLike[str], head
 
 def _compare(cache: TeacherCache, recorder: Recorder, sample: Iterable[Any]) -> dict[str, Any]:
     """`CacheVerification`'s comparison with what the teacher says now."""
-    form, same, divergences = recorder.format, [np.empty(0, bool)], [torch.zeros(0)]
+    same, divergences = [np.empty(0, bool)], [torch.zeros(0)]
     for example in sample:
         batch = recorder.batches.batch([example])
         examples = batch.examples
         stored = cache.records(cache.find(examples))
         same.append((stored == recorder.records(batch, draw_keys(examples))[0]).all(1))
-        for part, logits, _ in recorder.chunks(batch):
-            divergences.append(_kl(logits.cpu() / form.temperature, form.decode(stored[part]), form.top_k))
+        for part, said, _ in recorder.chunks(batch):
+            kept = cache.predictions(stored[part], said.device)
+            divergences.append(_kl(said.logits(), kept, cache.header).cpu())
     identical, kl = np.concatenate(same), torch.cat(divergences)
     return {"compared": len(kl), "identical": float(identical.mean()), "kl": float(kl.mean())} if len(kl) else {}
 
 
-def _kl(logits: torch.Tensor, kept: Targets, top_k: int) -> torch.Tensor:
-    """KL(teacher ‖ cache) over the listed tokens and the tail, [N]; the cache's side is as stored, not renormalised."""
+def _kl(logits: torch.Tensor, kept: Targets | Projection, header: Header) -> torch.Tensor:
+    """KL(teacher ‖ cache), [N]: of hidden states, or over the listed tokens and the tail as they are stored."""
+    if isinstance(kept, Projection):
+        log_p = logits.float().log_softmax(-1)
+        return product(log_p.exp(), log_p - kept.logits().float().log_softmax(-1)).sum(1)
+    top_k = header.top_k
     assert kept.ids is not None
     assert kept.tail is not None
-    ids, log_p = kept.ids[:, :top_k], logits.log_softmax(-1)
+    ids, log_p = kept.ids[:, :top_k], (logits.float() / header.temperature).log_softmax(-1)
     tail = log_p.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
     online = torch.cat([log_p.gather(1, ids), tail], 1)
     stored = torch.cat([kept.logprobs[:, :top_k], kept.tail[:, None]], 1)
