@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,10 +166,10 @@ class NoLinear(torch.nn.Module):
 
     def __init__(self, head):
         super().__init__()
-        self.weight = head.weight
+        self.matrix = head.weight
 
     def forward(self, states):
-        return states @ self.weight.T
+        return states @ self.matrix.T
 
 
 def other_head():
@@ -255,6 +256,26 @@ def test_a_head_that_is_not_the_caches_is_named_and_written_again(tmp_path, chan
         path.rmdir() if path.is_dir() else path.unlink()
     hidden(tmp_path / "cache")
     assert bytes_of(cache.path) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vocab": 31}, {"width": 4}, {"dtype": torch.float64}, {"bias": 31}, {"scale": float("nan")}, {"softcap": -1.0}],
+)
+def test_a_head_that_fits_no_such_states_is_damaged_whatever_its_hash(tmp_path, change):
+    def head(vocab=VOCAB, width=8, dtype=torch.float32, bias=VOCAB, scale=1.0, softcap=None):
+        weight = torch.ones(vocab, width, dtype=dtype)
+        return Projection(weight[:0], weight, torch.ones(bias, dtype=dtype), scale, softcap)
+
+    cache = hidden(tmp_path / "cache")
+    for fits, one in ((True, head()), (False, head(**change))):
+        heads.write_head(cache.path, one)
+        header = replace(cache.header, head=heads.head_hash(one))
+        if fits:
+            assert torch.equal(heads.read_head(cache.path, header).weight, one.weight)
+        else:
+            with pytest.raises(GrowError, match="it is no head of such states"):
+                heads.read_head(cache.path, header)
 
 
 def test_a_head_that_is_written_to_while_it_is_used_changes_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """A position's targets as bytes of a fixed width, and back."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from growlib import GrowError
 from growlib.ki import Targets
 from growlib.ki.cache.records import RecordFormat
+from growlib.ki.cache.states import DTYPES, StateFormat
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,10 @@ def test_the_lowest_log_probabilities_are_lowest_and_leave_the_id_alone(vocab):
 def test_more_than_22_bits_of_ids_are_refused():
     with pytest.raises(GrowError, match="at most 4194304 ids"):
         RecordFormat((1 << 22) + 1, 4, 0, 1.0)
+
+
+def test_stored_states_that_are_no_numbers_are_refused():
+    for dtype in DTYPES:
+        form = StateFormat(32, 8, dtype)
+        with pytest.raises(GrowError, match="hidden states that are no numbers"):
+            form.decode(np.full((2, form.bytes_per_position), 255, np.uint8))
