@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from base import shares
+from base import ranking, shares
 from base.report import as_markdown
 
 DOCS = Path(__file__).parent.parent / "docs"
 # What recipes write as a table, which their pages show as it is: the file, and the table of its content.
 TABLES = {
     "when/when.json": shares.table,
+    "methods/methods.json": ranking.table,
 }
 
 
