@@ -53,10 +53,12 @@ def test_heads_in_a_long_training_are_those_of_the_runs():
         assert [float(loss) for loss in losses] == pytest.approx([at[s] for s in (600, 1200, 1800, 2400)], abs=6e-4)
 
 
-def test_the_rates_are_those_of_the_runs():
-    found = json.loads((DOCS / "results/defaults/rates.json").read_text())["runs"]
+@pytest.mark.parametrize("model", ["gpt2", "bert"])
+def test_the_rates_are_those_of_the_runs(model):
+    found = json.loads((DOCS / "results/defaults/rates.json").read_text())["runs"][model]
+    section = (DOCS / "results/defaults.md").read_text().split(f"--model {model}`")[1]
     for name, row in {"small": "small model", "scratch": "scratch", "weights": "weights"}.items():
-        cells = re.search(rf"^\| {row} \| (.*) \|$", (DOCS / "results/defaults.md").read_text(), re.MULTILINE)[1]
+        cells = re.search(rf"^\| {row} \| (.*) \|$", section, re.MULTILINE)[1]
         losses = [run["loss"] for run in found if run["name"] == name and run["learning_rate"] != 6e-3]
         assert [float(cell.strip("*")) for cell in cells.split(" | ")] == pytest.approx(losses, abs=6e-4)
 
