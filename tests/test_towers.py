@@ -9,7 +9,6 @@ from composites import (
     COMPOSITES,
     LLAVA,
     QWEN,
-    SOUND,
     TOWER_FIELDS,
     TOWER_NARROW,
     TOWER_UNSEEN,
@@ -160,13 +159,6 @@ def test_a_size_that_the_projector_reads_side_by_side_does_not_grow_alone(name, 
     size = 2 * getattr(getattr(config_of(name), tower_of(name)), field)
     with pytest.raises(growlib.GrowError, match=r"would change from|would shrink"):
         growlib.plan(config_of(name), {tower_of(name): {field: size}})
-
-
-@pytest.mark.slow
-def test_sizes_that_the_projector_reads_side_by_side_grow_together():
-    small = composite(SOUND)
-    big = growlib.expand(small, {"audio_config": {"hidden_size": 32, "intermediate_size": 128}}, exact=True)
-    same_with_an_image(small, big)
 
 
 @pytest.mark.slow
