@@ -21,10 +21,13 @@ from composites import (
 from safetensors.torch import load_file
 
 import growlib
+from growlib.apply import grow_tensor
 from growlib.cli import main
+from growlib.growth_plan import TensorPlan
 from growlib.inference import architecture_of
 from growlib.inference.towers import joined
 from growlib.layer_fields import followed, kinds_said
+from growlib.layouts import parse_layout
 from growlib.outputs import every_input, outputs
 
 TOWERS = [
@@ -52,7 +55,7 @@ def test_the_tower_grows_in_depth_units_and_width_and_the_model_computes_the_sam
     same_with_an_image(small, big)
     assert growlib.verify(small, big).exact
     made = big.state_dict()
-    text = [key for key in before if "language_model" in key or key.startswith("lm_head")]
+    text = [key for key in before if "language_model" in key or "text_model" in key or key.startswith("lm_head")]
     assert len(text) > 10
     assert all(torch.equal(made[key], before[key]) for key in text), "the text does not stay bit for bit"
     assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items())
@@ -67,6 +70,13 @@ def test_both_parts_grow_at_once(name):
     big = growlib.expand(small, plan)
     same_with_an_image(small, big)
     assert big.config.text_config.hidden_size > small.config.text_config.hidden_size
+
+
+def test_a_norm_that_stays_is_left_bit_for_bit_where_its_weight_acts_as_one_plus_itself():
+    plan = growlib.plan(config_of(LLAVA), target_of(LLAVA))
+    weight = torch.tensor([1e-9, 0.3, -1e-8])
+    made = TensorPlan("norm.weight", "norm.weight", parse_layout("1 + scale fixed"), (3,), (3,))
+    assert torch.equal(grow_tensor(made, weight, plan), weight)
 
 
 def test_a_projector_and_its_tower_that_are_broken_are_found():
