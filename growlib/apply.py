@@ -49,7 +49,11 @@ def grow_tensor(
     kept, source = source.dtype, source.detach()
     if not made.layout:  # a single number
         return source.clone()
-    wide, offset = torch.promote_types(kept, torch.float32), made.layout[0].offset
+    wide = torch.promote_types(kept, torch.float32)
+    axes = {axis for dim in made.layout for part in dim.parts for axis in part}
+    grows = any(axis in plan.maps and not plan.maps[axis].is_identity for axis in axes)
+    # What stays is left bit for bit: 1 + w - 1 is not w.
+    offset = made.layout[0].offset if grows or made.constant is not None or made.factor != 1.0 else 0.0
     later = None if following is None else following.detach().to(source.device)
     if later is not None and made.share:
         source = torch.lerp(source.to(wide), later.to(wide), made.share)

@@ -4,13 +4,14 @@ import argparse
 import difflib
 import json
 import textwrap
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +30,7 @@ from growlib.limits import fits_into_memory
 from growlib.nearest import nearest_exact
 from growlib.own import imported
 from growlib.papers import bibtex
+from growlib.parts import towers
 from growlib.progress import progress_bar
 from growlib.show import WIDTH, table
 from growlib.streaming import write_grown
@@ -198,13 +200,23 @@ def _check(name: str) -> int:
         own = imported(asked, name, valid)
         if not (isinstance(own, type) and issubclass(own, PreTrainedModel) and own.config_class):
             raise GrowError(asked, f"it is a {type(own).__name__}", valid)
-        print(infer(own.config_class(), own))
+        print("\n\n".join([str(infer(own.config_class(), own)), *_towers(own.config_class(), own)]))
         return 0
     if name not in CONFIG_MAPPING:
         close = difflib.get_close_matches(name, CONFIG_MAPPING.keys(), n=5) or ["llama"]
         raise GrowError(f"--check {name}", "transformers has no such model type", ", ".join(close))
-    print(verified(CONFIG_MAPPING[name]()))
+    config = CONFIG_MAPPING[name]()
+    print("\n\n".join([str(verified(config)), *_towers(config, None)]))
     return 0
+
+
+def _towers(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None) -> Iterator[str]:
+    """The tables of what sees and hears in a model of several parts, or why there are none."""
+    for part in towers(config):
+        try:
+            yield f"its {part}, {infer(config, model_class, part)}"
+        except GrowError as error:
+            yield f"its {part} does not grow: {error.wrong}"
 
 
 def cache(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from growlib.architectures.schema import RESIDUAL, Architecture, fields_in
 from growlib.errors import GrowError
 from growlib.layer_fields import follow_layers
-from growlib.parts import beside, flat, known_name, last_word, part_in, parts_of, rebuilt, value_of
+from growlib.parts import beside, flat, known_name, last_word, part_in, parts_of, rebuilt, towers, value_of
 
 # What building or reading a config raises when its values make no sense.
 _INVALID = (StrictDataclassError, OSError, ValueError, TypeError, KeyError)
@@ -72,6 +72,21 @@ def resolve(
     except (ValueError, ZeroDivisionError) as error:
         raise GrowError(asked, str(error), _dividing(source, config, table) or "sizes that divide") from error
     return config
+
+
+def towers_changed(source: PreTrainedConfig, target: Target, table: Architecture) -> list[str]:
+    """The parts beside the text of which a target changes a number, other than those that the text's table knows."""
+    if isinstance(target, str | Path) and parts_of(source):
+        try:
+            target = AutoConfig.from_pretrained(target, trust_remote_code=False)
+        except _INVALID:  # `resolve` says so
+            return []
+    before = flat(source)
+    after = flat(target) if isinstance(target, PreTrainedConfig) else target if isinstance(target, Mapping) else {}
+    named = {known_name(source, key): value for key, value in after.items()}
+    changed = {key for key, value in named.items() if type(value) is int and before.get(key, value) != value}
+    fields = changed - NO_FUNCTION - table.size_fields()
+    return [part for part in towers(source) if any(part_in(field) == part for field in fields)]
 
 
 def _dividing(source: PreTrainedConfig, config: PreTrainedConfig, table: Architecture) -> str:
@@ -183,7 +198,7 @@ def _override(
             count, rest = divmod(fields[heads] * fields[width], value_of(source, width))
             if rest == 0:
                 fields[heads] = count
-            elif width == table.axes["hidden"].size:
+            elif width in {axis.size for name, axis in table.axes.items() if name.endswith("hidden")}:
                 fields[heads] = _more_heads(asked, source, heads, width, fields[width])
     for layers, old in table.layer_counts(source).items():
         if type(fields[layers]) is int and fields[layers] > old:

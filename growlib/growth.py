@@ -46,10 +46,11 @@ def plan_of(
     model_class: type[PreTrainedModel], source: Skeleton, target_config: Target, method: str | Method, seed: int
 ) -> GrowthPlan:
     """The same for a class and a skeleton."""
-    table, chosen = architecture_of(source.config, model_class), operators.method(method)
+    chosen = operators.method(method)
     effect_of = partial(fields.effect_of, model_class, source.config)
     if isinstance(target_config, Mapping):
         target_config = flattened(source.config, target_config)
+    table = table_for(source.config, model_class, target_config)
     if isinstance(target_config, PreTrainedConfig | Mapping):
         refuse_impossible(source, table, target_config)
     target = target_of(source.config, table, target_config, chosen)
@@ -65,6 +66,13 @@ def plan_of(
     mixture_class = checkpoint.class_like(model_class, source.config.model_type, target)
     growth = upcycling.joined(growth, mixture, checkpoint.skeleton_of(mixture_class, target))
     return replace(growth, dtype=_dtype_in(target_config))
+
+
+def table_for(source: PreTrainedConfig, model_class: type[PreTrainedModel], target_config: Target) -> Architecture:
+    """The table of what grows: of the text, and of each tower of which the target changes a size."""
+    text = architecture_of(source, model_class)
+    parts = config.towers_changed(source, target_config, text)
+    return architecture_of(source, model_class, parts) if parts else text
 
 
 def target_of(source: PreTrainedConfig, table: Architecture, target_config: Target, chosen: Method) -> PreTrainedConfig:

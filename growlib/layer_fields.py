@@ -5,13 +5,17 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from growlib.maps import LayerMap
-from growlib.parts import beside, last_word
+from growlib.parts import beside, last_word, part_in
 
 # Fields that count layers up to a place in the stack, and those that count them from a place to the end.
 FROM_THE_START = frozenset({"max_window_layers", "first_k_dense_replace", "num_dense_layers"})
 TO_THE_END = frozenset({"num_kv_shared_layers"})
 # Of these, what says which layers have other tensors stays: the planner gives each place a layer of its kind.
 _STAYS = frozenset({"first_k_dense_replace", "num_dense_layers"})
+# Fields that say behind which layers the output is taken: numbers of layers, or of the hidden states, of which the
+# first is the first layer's input. They say where new layers may stand, and go on to name what they named.
+_TAKEN = re.compile(r"deepstack\w*_(indexes|indices)|feature_layers?$")
+_SIDES = re.compile(r"(image|patch|input|window|tile|crop)_size$")  # a height and a width say nothing of layers
 _STAGES = frozenset({"out_features", "out_indices"})
 # Names of fields that list layers by their numbers. A list of flags, such as no_rope_layers, is none.
 _NUMBERS = re.compile(r"idx|ind(ices|exes)|(?<!rope)_layers$|layer_ids")
@@ -40,9 +44,11 @@ def followed(own: Mapping[str, Any], old: int, layers: Sequence[int]) -> dict[st
         name = last_word(key)
         if name in _STAGES:
             made[key] = _stages(value, old, layers)
+        elif _TAKEN.search(name) and lists_numbers(name, value, old):
+            made[key] = [max(new for new, layer in enumerate(layers) if layer == taken) for taken in value]
         elif lists_numbers(name, value, old):
             made[key] = [new for new, layer in enumerate(layers) if layer in value]
-        elif isinstance(value, list | tuple) and len(value) == old:
+        elif isinstance(value, list | tuple) and len(value) == old and not _SIDES.search(name):
             made[key] = [value[layer] for layer in layers]
         elif is_by_number(value, old):
             said = {int(number): facts for number, facts in value.items()}
@@ -73,9 +79,11 @@ def kinds_said(own: Mapping[str, Any], count: int) -> list[tuple[str, ...]]:
     said: list[list[str]] = [[] for _ in range(count)]
     for key, value in ((last_word(name), value) for name, value in own.items()):
         for layer, facts in enumerate(said if key not in _STAGES else []):
-            if lists_numbers(key, value, count):
+            if _TAKEN.search(key):
+                facts.append(f"{key}: {[layer < end for end in _ends(key, value, count)]}")
+            elif lists_numbers(key, value, count):
                 facts.append(f"{key}: {layer in value}")
-            elif isinstance(value, list | tuple) and len(value) == count:
+            elif isinstance(value, list | tuple) and len(value) == count and not _SIDES.search(key):
                 facts.append(f"{key}: {value[layer]}")
             elif is_by_number(value, count):
                 facts.append(f"{key}: {next((v for n, v in value.items() if int(n) == layer), None)}")
@@ -84,6 +92,21 @@ def kinds_said(own: Mapping[str, Any], count: int) -> list[tuple[str, ...]]:
             elif key in TO_THE_END and type(value) is int:
                 facts.append(f"{key}: {layer >= count - value}")
     return [tuple(facts) for facts in said]
+
+
+def _ends(key: str, value: Any, count: int) -> list[int]:
+    """How many of `count` layers stand before each place where the output is taken."""
+    places = [v for v in (value if isinstance(value, list | tuple) else [value]) if type(v) is int]
+    if key.startswith("deepstack"):
+        return [place + 1 for place in places]
+    return [place if place >= 0 else count + 1 + place for place in places]
+
+
+def taken_elsewhere(fields: Mapping[str, Any], counted: str) -> dict[str, Any]:
+    """The fields around a part that say which of its layers' outputs are taken: `vision_feature_layer`."""
+    word = re.split("_", last_word(part_in(counted)))[0]
+    named = {key: v for key, v in fields.items() if part_in(key) != part_in(counted) and _TAKEN.search(last_word(key))}
+    return {key: v for key, v in named.items() if word and last_word(key).startswith(f"{word}_feature_layer")}
 
 
 def says_the_same(key: str, old: Any, new: Any, layers: LayerMap) -> bool:

@@ -15,9 +15,8 @@ from growlib.checkpoint import loading as checkpoint
 from growlib.checkpoint.loading import Source, dtype_of
 from growlib.config import Target
 from growlib.errors import GrowError
-from growlib.growth import check_plan, plan_of
+from growlib.growth import check_plan, plan_of, table_for
 from growlib.growth_plan import GrowthPlan
-from growlib.inference import architecture_of
 from growlib.operators import Method, ligo
 
 Batch = Mapping[str, Tensor]
@@ -59,7 +58,7 @@ def learn(
     """
     small = checkpoint.load(small_ckpt)
     growth = _learnable(small, target_config, method, seed, steps, learning_rate)
-    wanted, table = dtype_of(dtype) or small.dtype, architecture_of(small.config, type(small))
+    wanted, table = dtype_of(dtype) or small.dtype, table_for(small.config, type(small), growth.config)
     wide = torch.promote_types(small.dtype, torch.float32)
     tensors = {name: tensor.detach().to(wide) for name, tensor in small.state_dict().items()}
     parameters = {name for name, _ in small.named_parameters()}

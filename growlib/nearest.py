@@ -11,9 +11,8 @@ from growlib.checkpoint import loading as checkpoint
 from growlib.checkpoint.loading import Source
 from growlib.config import NO_FUNCTION, Target
 from growlib.errors import GrowError
-from growlib.growth import plan, target_of
+from growlib.growth import plan, table_for, target_of
 from growlib.growth_plan import GrowthPlan
-from growlib.inference import architecture_of
 from growlib.operators import Method
 from growlib.parts import flat, flattened, last_word
 
@@ -31,7 +30,7 @@ def nearest_exact(small_ckpt: Source | PreTrainedConfig, target_config: Target, 
     try:
         if isinstance(target_config, Mapping):
             target_config = flattened(skeleton.config, target_config)
-        table = architecture_of(skeleton.config, model_class)
+        table = table_for(skeleton.config, model_class, target_config)
         target = target_of(skeleton.config, table, target_config, operators.method(method))
     except GrowError:
         return None

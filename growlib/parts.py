@@ -81,6 +81,17 @@ def text_part(config: PreTrainedConfig) -> str:
     return next((name for name, part in parts_of(config).items() if part is text), "")
 
 
+def towers(config: PreTrainedConfig) -> list[str]:
+    """The dotted names of the parts that are neither the text nor around it: what sees and what hears."""
+    text = text_part(config)
+    return [name for name in parts_of(config) if not f"{text}.".startswith(f"{name}.")] if text else []
+
+
+def own_part(config: PreTrainedConfig, part: str) -> tuple[str, ...]:
+    """The parts whose fields say the sizes of one: of the text ("") the top level's too."""
+    return (part,) if part else ("", text_part(config))
+
+
 def text_of(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the language model."""
     return value_of(config, text_part(config)) if text_part(config) else config

@@ -16,7 +16,7 @@ from growlib import contract
 from growlib.architectures.schema import Architecture, Axis, Stack
 from growlib.errors import GrowError
 from growlib.growth_plan import GrowthPlan, Shape, Skeleton, TensorPlan
-from growlib.layer_fields import kinds_said
+from growlib.layer_fields import kinds_said, taken_elsewhere
 from growlib.layouts import Dim, Layout
 from growlib.maps import AxisMap, LayerMap, split_evenly
 from growlib.operators import Method
@@ -67,7 +67,7 @@ def make_plan(request: Request) -> GrowthPlan:
     layers = {stack.layers: _fitted(_layer_map(request, stack), stack, source, target) for stack in table.stacks}
     maps |= {name: _of_layers(layers[axis.size]) for name, axis in table.axes.items() if axis.role == "layers"}
     tensors = tuple(_tensors(request, maps, layers))
-    _check_shapes(request, tensors)
+    _check_shapes(request, tensors, maps)
     _check_all_used(request, layers, tensors)
     reasons = [axis_map.inexact for axis_map in maps.values() if axis_map.inexact]
     reasons += [stack.inexact for stack in layers.values() if stack.inexact]
@@ -196,7 +196,9 @@ def _layer_kinds(stack: Stack, model: Skeleton) -> dict[int, set[str]]:
         order = sorted(set(found.values()))
         for layer, shape in found.items():
             kinds[layer].add(f"{row} {order.index(shape) + 1} of {len(order)}")
-    for layer, said in enumerate(kinds_said(beside(flat(model.config), stack.layers), len(kinds))):
+    fields = flat(model.config)
+    own = beside(fields, stack.layers) | taken_elsewhere(fields, stack.layers)
+    for layer, said in enumerate(kinds_said(own, len(kinds))):
         kinds[layer].update(said)
     return dict(kinds)
 
@@ -328,9 +330,10 @@ def _shape(layout: Layout, sizes: Mapping[str, int], shape: Shape) -> Shape:
     )
 
 
-def _check_shapes(request: Request, tensors: tuple[TensorPlan, ...]) -> None:
+def _check_shapes(request: Request, tensors: tuple[TensorPlan, ...], maps: Maps) -> None:
+    grown = {**request.old, **{name: axis_map.new for name, axis_map in maps.items()}}  # an axis without a map stays
     for made in tensors:
-        for shape, sizes in ((made.old_shape, request.old), (made.new_shape, request.new)):
+        for shape, sizes in ((made.old_shape, request.old), (made.new_shape, grown)):
             right = _shape(made.layout, sizes, made.old_shape)
             if shape == right:
                 continue

@@ -47,6 +47,13 @@ IDS = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, 
 SIGLIP = {"model_type": "siglip_vision_model", **VIT, "vision_use_head": False}
 CLIP = {"model_type": "clip_vision_model", **VIT, "projection_dim": 12}
 
+GEMMA, QWEN, LLAVA, SOUND = (
+    "Gemma3ForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "VoxtralForConditionalGeneration",
+)
+
 # class -> its config: top-level fields, text_config, the other parts
 COMPOSITES = {
     "LlavaForConditionalGeneration": ({**IMAGE}, {**LLAMA, **TEXT}, {"vision_config": CLIP}),
@@ -288,6 +295,49 @@ WHOLE_MULTIPLES = {
     "Idefics2ForConditionalGeneration",
 }
 
+# class -> the fields of its tower that say the layers, the units of its feed-forward layers, and the width
+_USUAL = ("num_hidden_layers", "intermediate_size", "hidden_size")
+TOWER_FIELDS = (
+    dict.fromkeys(COMPOSITES, _USUAL)
+    | {
+        "Qwen2VLForConditionalGeneration": ("depth", "", "embed_dim"),  # its units are a multiple of its width
+        "Qwen2AudioForConditionalGeneration": ("encoder_layers", "encoder_ffn_dim", "d_model"),
+        "GotOcr2ForConditionalGeneration": ("num_hidden_layers", "mlp_dim", "hidden_size"),
+        **{n: ("depth", *_USUAL[1:]) for n in COMPOSITES if n.startswith(("Qwen2_5", "Qwen3"))},
+        "Glm4vForConditionalGeneration": ("depth", "", "hidden_size"),  # it has as many as the text is wide
+    }
+)
+# Classes whose tower's width grows exactly by whole multiples only, and those in which it does not by itself: there
+# the projector reads several vectors side by side, as many as the feed-forward layers have units.
+TOWER_WHOLE = {
+    "LlavaForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "VipLlavaForConditionalGeneration",
+    "AyaVisionForConditionalGeneration",
+    "LightOnOcrForConditionalGeneration",
+    "GotOcr2ForConditionalGeneration",
+    "PaddleOCRVLForConditionalGeneration",
+    "Glm4vForConditionalGeneration",
+    "AudioFlamingo3ForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+}
+TOWER_UNSEEN = "VideoLlavaForConditionalGeneration"  # one of its two towers runs on videos only
+TOWER_NARROW = {
+    "Llama4ForConditionalGeneration",
+    "VoxtralForConditionalGeneration",
+    "GlmAsrForConditionalGeneration",
+}
+
+
+def tower_of(name: str) -> str:
+    """The part of a class's config that sees or hears."""
+    return next(part for part in COMPOSITES[name][2] if part in ("vision_config", "audio_config"))
+
 
 def config_of(name: str):
     top, text, others = COMPOSITES[name]
@@ -305,3 +355,22 @@ def composite(name: str, seed: int = 0):
             centre = parameter.mean().round().item() if parameter.ndim == 1 else 0.0
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def target_of(name, times=1.5):
+    """Overrides that widen and deepen the text."""
+    text = config_of(name).text_config
+    times = 2 if name in WHOLE_MULTIPLES else times
+    wide = {"hidden_size": int(text.hidden_size * times)}
+    return {"text_config": {**wide, "num_hidden_layers": 2 * text.num_hidden_layers}}
+
+
+def tower_target_of(name):
+    """Overrides that give the tower twice the layers and more units, and its width where that can be exact."""
+    layers, units, width = TOWER_FIELDS[name]
+    part, tower = tower_of(name), getattr(config_of(name), tower_of(name))
+    fields = {layers: 2 * getattr(tower, layers)}
+    if name in TOWER_NARROW:
+        return {part: fields}
+    fields |= {units: getattr(tower, units) + 12} if units else {}
+    return {part: fields | {width: int(getattr(tower, width) * (2 if name in TOWER_WHOLE else 1.5))}}

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 import transformers
-from composites import COMPOSITES, WHOLE_MULTIPLES, composite, config_of
+from composites import COMPOSITES, GEMMA, LLAVA, QWEN, SOUND, composite, config_of, target_of
 from safetensors.torch import load_file
 
 import growlib
@@ -13,12 +13,6 @@ from growlib.cli import main
 from growlib.media import media_in, with_media
 from growlib.outputs import every_input, outputs
 
-GEMMA, QWEN, LLAVA, SOUND = (
-    "Gemma3ForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
-    "LlavaForConditionalGeneration",
-    "VoxtralForConditionalGeneration",
-)
 QUICK = (GEMMA, QWEN, LLAVA, SOUND)
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in COMPOSITES]
 
@@ -44,14 +38,6 @@ def with_image(name, seed=3):
 def logits(model, given):
     with torch.no_grad():
         return model(**given).logits
-
-
-def target_of(name, times=1.5):
-    """Overrides that widen and deepen the text."""
-    text = config_of(name).text_config
-    times = 2 if name in WHOLE_MULTIPLES else times
-    wide = {"hidden_size": int(text.hidden_size * times)}
-    return {"text_config": {**wide, "num_hidden_layers": 2 * text.num_hidden_layers}}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -237,12 +223,6 @@ def test_what_acts_on_an_image_alone_is_a_reason(change):
     plan = growlib.plan(composite(LLAVA), {"text_config": {"hidden_size": 36}, **change})
     assert not plan.exact
     assert field in plan.reasons[0]
-
-
-def test_sizes_of_another_part_are_refused():
-    for change in ({"hidden_size": 32}, {"num_hidden_layers": 3}, {"image_size": 32}):
-        with pytest.raises(growlib.GrowError, match="vision_tower"):
-            growlib.plan(composite(LLAVA), {"vision_config": change})
 
 
 def test_made_images_act_and_differ_by_row():

@@ -73,6 +73,11 @@ class Growth(NamedTuple):
 EVERYTHING = Growth("together", "together")
 
 
+def together(part: str) -> Growth:
+    """The growth of everything of one part; of the text it is EVERYTHING."""
+    return Growth(part, "together") if part else EVERYTHING
+
+
 class Verdict(NamedTuple):
     """Whether a tiny model grew exactly, inexactly, or not at all; and why not."""
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
@@ -23,25 +23,32 @@ from growlib.inference import variants
 from growlib.inference.depth import with_depth
 from growlib.inference.label import draft
 from growlib.inference.tiny import tiny_config, tiny_model
+from growlib.inference.towers import joined
 from growlib.inference.verifier import followers, growths, only_copies, trial, unverified, verdicts
 from growlib.operators import Method
-from growlib.parts import flat, last_word, parts_of, value_of
+from growlib.parts import flat, last_word, part_in, parts_of, value_of
 
-Class = tuple[type[PreTrainedModel], str]  # and its switches
+Class = tuple[type[PreTrainedModel], str, str]  # its switches, and the part that is looked at
 PASSES = 2  # over what may stand elsewhere: a second change may show that the first was none
 
 _inferred: dict[Class, Architecture] = {}
 _checked: dict[tuple[type[PreTrainedModel], str, frozenset[Growth], Method], str] = {}
 
 
-def architecture_of(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Architecture:
-    """The table of a config's type, or the one that is inferred for the class. Raises GrowError where neither is."""
+def architecture_of(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel], parts: Sequence[str] = ()
+) -> Architecture:
+    """The table of a config's type, or the one that is inferred for the class. Raises GrowError where neither is.
+
+    Of a model of several parts it is that of the text, and of the towers that are named.
+    """
     if config.model_type not in families():
-        return infer(config, model_class)
+        text = infer(config, model_class)
+        return joined(text, {part: infer(config, model_class, part) for part in parts})
     return table_of(config.model_type) if is_tested(config.model_type) else _proven(config, model_class)
 
 
-def infer(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> Architecture:
+def infer(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, part: str = "") -> Architecture:
     """Find the table of any class of transformers, and prove it on a tiny randomised model.
 
     The verdict of an earlier run is taken: per class, its switches, and versions of transformers and growlib. It is
@@ -50,6 +57,7 @@ def infer(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = 
     Args:
         config: its switches and per-layer lists decide what the table holds; its sizes do not matter.
         model_class: by default the class that the config names, or the first one for its model type.
+        part: of a model of several parts, the one whose sizes are meant, such as `vision_config`: by default its text.
 
     Returns:
         The table. `proven` has the verdict on each growth of the tiny model: exact, inexact or refused, and why.
@@ -59,10 +67,10 @@ def infer(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = 
     """
     model_class = model_class or class_of(config)
     small = tiny_config(config, model_class)
-    key = (model_class, _switches(small))
+    key = (model_class, _switches(small), part)
     if key not in _inferred:
         of_transformers = model_class.__module__.startswith("transformers.")
-        _inferred[key] = _from_disk(key, small) if of_transformers else examine(model_class, small)
+        _inferred[key] = _from_disk(key, small) if of_transformers else _examined(model_class, small, part)
     return _inferred[key]
 
 
@@ -78,7 +86,7 @@ def _proven(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Arc
         small = tiny_config(config, model_class)
     except GrowError as error:
         return replace(table, proven=unverified(table, error.wrong))
-    key = (model_class, _switches(small) + repr(table))
+    key = (model_class, _switches(small) + repr(table), "")
     if key not in _inferred:
         _inferred[key] = _with_verdicts(table, tiny_model(model_class, small))
     return _inferred[key]
@@ -91,13 +99,13 @@ def _switches(small: PreTrainedConfig) -> str:
 
 
 def _from_disk(key: Class, small: PreTrainedConfig) -> Architecture:
-    model_class, switches = key
+    model_class, switches, part = key
     asked = f"{model_class.__module__} {model_class.__name__} {version('transformers')} {version('torch')} {switches}"
-    digest = hashlib.sha256(asked.encode() + _own_source()).hexdigest()
+    digest = hashlib.sha256((asked + part).encode() + _own_source()).hexdigest()
     try:
         folder = Path(os.environ.get("GROWLIB_CACHE") or Path.home() / ".cache" / "growlib")
     except RuntimeError:  # no home
-        return examine(model_class, small)
+        return _examined(model_class, small, part)
     path = folder / f"{model_class.__name__}-{digest[:16]}.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -105,7 +113,7 @@ def _from_disk(key: Class, small: PreTrainedConfig) -> Architecture:
             raise ValueError("it was changed")
         return from_table(small.model_type, stored["table"], path.name)
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not what was written: proven again
-        table = examine(model_class, small)
+        table = _examined(model_class, small, part)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
@@ -127,7 +135,9 @@ def why_not(
     kinds: frozenset[Growth],
     chosen: Method,
 ) -> str:
-    """Grow a tiny model in all these ways at once: why it is not exact; "" where it is, or cannot be built so.
+    """Grow a tiny model in all these ways at once: why it is not exact; "" where it is.
+
+    Where it cannot be built so, the verdicts on single growths stand, other than on several parts at once.
 
     Verdicts on single growths, which may come from disk, are checked so where they are used.
     """
@@ -139,7 +149,8 @@ def why_not(
             if growth in kinds:
                 fields |= {name: max(size, fields.get(name, 0)) for name, size in alone.items()}
         verdict = trial(replace(table, proven={}), tiny_model(model_class, small), fields, chosen).verdict
-        _checked[key] = verdict.why if verdict.kind == "inexact" else ""
+        several = len({part_in(name) for name in fields if name not in table.follows}) > 1  # parts at once
+        _checked[key] = verdict.why if verdict.kind == "inexact" or (several and not verdict.exact) else ""
     return _checked[key]
 
 
@@ -150,10 +161,27 @@ def _own_source() -> bytes:
     return b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")) if "ki" not in path.parts)
 
 
-def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig) -> Architecture:
-    """The table of a class at tiny sizes, with the candidates that were tried and the growths that were proven."""
+def _examined(model_class: type[PreTrainedModel], small: PreTrainedConfig, part: str) -> Architecture:
+    """The same as `examine`. A tower whose tensors cannot be told apart is refused: the text grows without it."""
+    try:
+        return examine(model_class, small, part)
+    except GrowError:
+        raise
+    except Exception as error:  # whatever a class of transformers leads to
+        if not part:
+            raise
+        wrong = f"its tensors cannot be told apart ({type(error).__name__}: {error})"
+        asked = f"inferring the table of the {part} of {model_class.__name__}"
+        raise GrowError(asked, wrong, "the growth of another part") from error
+
+
+def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig, part: str = "") -> Architecture:
+    """The table of a class at tiny sizes, with the candidates that were tried and the growths that were proven.
+
+    Of a model of several parts it is the table of one of them: of its text, or of the `part` that is named.
+    """
     seen, model = tiny_model(model_class, small, spread=0.07), tiny_model(model_class, small)
-    table = with_depth(replace(draft(seen), proven={}), seen, model)
+    table = with_depth(replace(draft(seen, part=part), proven={}), seen, model, part)
     table = _first_exact(table, variants.of_hidden(table, small), model, "hidden")
     table = _behind_norms(table, model)
     if "expert_ffn" in table.axes:

@@ -14,20 +14,21 @@ from growlib.inference.verifier import trial
 from growlib.parts import value_of
 
 
-def with_depth(table: Architecture, seen: PreTrainedModel, model: PreTrainedModel) -> Architecture:
+def with_depth(table: Architecture, seen: PreTrainedModel, model: PreTrainedModel, part: str = "") -> Architecture:
     """The table with stacks that get deeper exactly, where there is a way; the first one that a tiny model proves.
 
     Args:
         table: a draft of `seen`.
         seen: the tiny model that is looked at.
         model: another one of the same config, that is grown.
+        part: of the config, of which the table is.
     """
     for layers in dict.fromkeys(stack.layers for stack in table.stacks):
         deeper = {layers: 2 * value_of(model.config, layers)}
         if trial(table, model, deeper).verdict.exact:
             table = _pruned(table, layers, seen)
             continue
-        for told, tried in _ways(table, layers, seen):
+        for told, tried in _ways(table, layers, seen, part):
             verdict = trial(tried, model, deeper).verdict
             table = replace(table, candidates=(*table.candidates, (f"{layers}: {told}", verdict)))
             if verdict.exact:
@@ -47,7 +48,7 @@ def _pruned(table: Architecture, layers: str, seen: PreTrainedModel) -> Architec
     return replace(table, stacks=tuple(fewer(stack) for stack in table.stacks))
 
 
-def _ways(table: Architecture, layers: str, seen: PreTrainedModel) -> Iterator[tuple[str, Architecture]]:
+def _ways(table: Architecture, layers: str, seen: PreTrainedModel, part: str) -> Iterator[tuple[str, Architecture]]:
     """Tables that differ in one fact about a stack."""
     yield from _placed(table, layers, "")
     base, trace = skeleton(seen), probe.trace(seen)
@@ -62,7 +63,7 @@ def _ways(table: Architecture, layers: str, seen: PreTrainedModel) -> Iterator[t
         ("the identity by zeros and ones", _found(table, layers, seen, base.prefix, norms)),
     ):
         if known:
-            again = replace(draft(seen, known), proven={}, candidates=table.candidates)
+            again = replace(draft(seen, known, part), proven={}, candidates=table.candidates)
             yield told, again
             yield from _placed(again, layers, f"{told}, ")
 

@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from growlib.architectures.schema import Stack
 from growlib.checkpoint.loading import skeleton
+from growlib.errors import GrowError
 from growlib.growth_plan import Skeleton
 from growlib.inference import probe
 from growlib.inference.probe import Norm, Trace
@@ -36,6 +37,7 @@ class Draft:
     hints: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = field(default_factory=dict)  # module -> parts, by
     inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # module -> axes
+    part: str = ""  # of the config, whose axes are looked for; "": the text and the top level
     known: tuple[Stack, ...] = ()  # stacks of which it is known what makes a block the identity
     streams: dict[int, str] = field(default_factory=dict)  # width -> axis, of norms over neither hidden nor heads
 
@@ -51,8 +53,16 @@ class Draft:
         return name
 
     def grows(self, module: str) -> bool:
-        """Whether a module belongs to the text: it runs without an image. Of the others, what joins them counts too."""
-        return module in self.seen.on_text
+        """Whether a module belongs to the part: to the text what runs without an image, to a tower what does not."""
+        return module in self.seen.on_text if not self.part else module in self.seen.on_media
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a module belongs to another part: nothing in it runs on text alone; for a tower, it does."""
+        if not self.seen.with_media:
+            return False
+        if self.part:
+            return name in self.seen.on_text or not name
+        return not any(ran == name or ran.startswith(name + ".") for ran in self.seen.on_text)
 
     def key(self, module: str) -> str:
         """A module's name with `*` for the layer's number."""
@@ -189,3 +199,39 @@ def head_norm_of(state: Draft) -> str:
         n for n in state.norms if n in ran and state.seen.inputs[n].shape[-1] == width and not writes_unit(state, n)
     ]
     return max((norm for norm in over if state.norms[norm].scale), key=ran.index, default="")
+
+
+def refuse_unseen(state: Draft) -> None:
+    """Raise GrowError where a part has no layers, or layers that do not run on what growlib shows the model."""
+    asked = f"inferring the table of the {state.part} of {type(state.model).__name__}"
+    if not state.stacks:
+        raise GrowError(asked, "no number in it says how many layers there are", "the growth of another part")
+    for stack in state.stacks:
+        if state.prefix + stack.block.replace("*.", "0") not in state.seen.outputs:
+            name = stack.block.removesuffix(".*.")
+            wrong = f"{name} does not run on the images or sounds that growlib can make"
+            raise GrowError(asked, wrong, "the growth of another part")
+
+
+def merged(state: Draft, size: int) -> str:
+    """In a tower, the axis of how many vectors of its width stand side by side in a dimension; "" where none do."""
+    times, rest = divmod(size, state.hidden)
+    return "" if not state.part or rest or times < 2 else state.axis("merged", times, "", "")
+
+
+def side_by_side(state: Draft, name: str, dim: Dim) -> Dim:
+    """The dimension that a module reads: patches one after the other, or channels where the model has them so."""
+    given = state.seen.inputs.get(name)
+    if len(dim.parts[0]) < 2 or given is None or dim.parts[0][1] != "hidden":
+        return dim
+    turned = replace(dim, parts=(dim.parts[0][::-1],))
+    written = set().union(*(probe.rows(out) for out in state.seen.outputs.values() if out.shape[-1] == state.hidden))
+    here, there = (len(vectors(given, each, state.hidden) & written) for each in (dim, turned))
+    return turned if there > here else dim
+
+
+def vectors(given: Tensor, dim: Dim, width: int) -> set[bytes]:
+    """The vectors that stand side by side in what is read."""
+    if dim.parts[0][-1] == "hidden":
+        return probe.rows(given.reshape(*given.shape[:-1], -1, width))
+    return probe.rows(given.reshape(*given.shape[:-1], width, -1).transpose(-1, -2))

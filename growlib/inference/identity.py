@@ -112,7 +112,8 @@ def _calls(model: PreTrainedModel, prefix: str, stack: Stack) -> dict[str, Call]
     for name, block in blocks.items():
         block.forward = noting(name, block)  # some classes call it without hooks
     try:
-        model(**every_input(model)[0])
+        for given in every_input(model):  # a tower runs with an image only
+            model(**given)
     finally:
         for block in blocks.values():
             del block.forward

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -20,9 +21,13 @@ from growlib.inference.draft import (
     is_branch,
     is_hidden,
     is_post_norm,
+    merged,
     norm_after,
     norm_before,
+    refuse_unseen,
+    side_by_side,
     stacks_of,
+    vectors,
     width_of,
     writer_of,
     writes_unit,
@@ -31,6 +36,7 @@ from growlib.inference.rows import Unresolved, read_rows
 from growlib.inference.sizes import Build, builds
 from growlib.inference.table import table_of
 from growlib.layouts import Dim, Layout
+from growlib.media import text_width
 from growlib.outputs import vocabulary
 from growlib.parts import flat, value_of
 
@@ -38,19 +44,22 @@ MOST = 0.6  # of the channels: more than one of at least two heads
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def draft(model: PreTrainedModel, known: tuple[Stack, ...] = ()) -> Architecture:
+def draft(model: PreTrainedModel, known: tuple[Stack, ...] = (), part: str = "") -> Architecture:
     """The table of a tiny model's class. Raises GrowError where its parts cannot be told apart.
 
-    `known` are stacks of which it is known already what makes a block the identity.
+    `known` are stacks of which it is known already what makes a block the identity. `part` is the part of the config
+    whose axes are found, such as `vision_config`: by default the text, and what joins it.
     """
     base = skeleton(model)
-    others = builds(type(model), base)
+    others = builds(type(model), base, part)
     seen = probe.trace(model)
     stacks = stacks_of(base, others)
     widths = {n: t.shape[-1] for n, t in seen.inputs.items()}
     norms = {n: k for n, m in model.named_modules() if n in widths and (k := probe.norm_of(m, widths[n]))}
-    state = Draft(model, width_of(model, stacks, base.prefix, seen), stacks, seen, norms, known=known)
+    state = Draft(model, width_of(model, stacks, base.prefix, seen), stacks, seen, norms, part=part, known=known)
     state.sizes["hidden"] = state.hidden
+    if part:
+        refuse_unseen(state)
     _linear_maps(state)
     _stack_norms(state)
     _pooled_as_hidden(state)
@@ -58,7 +67,7 @@ def draft(model: PreTrainedModel, known: tuple[Stack, ...] = ()) -> Architecture
     for name, module in model.named_modules():
         if experts := _expert_count(state, name, module):
             state.axis("experts", experts, "experts", name)
-        if isinstance(module, nn.MultiheadAttention) and not _is_elsewhere(state, name):
+        if isinstance(module, nn.MultiheadAttention) and not state.is_elsewhere(name):
             state.inputs[state.key(f"{name}.out_proj")] = _head_axes(state, name, module)[2]
     for name, module in model.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
@@ -102,7 +111,7 @@ def _linear_maps(state: Draft) -> None:
         row = state.row_of(name.removeprefix(state.prefix) + ".weight")
         if not probe.is_linear(module) or row in known or name not in state.seen.outputs:
             continue
-        if not state.grows(name) and all(size % state.hidden for size in module.weight.shape):
+        if not state.grows(name) and (state.part or all(size % state.hidden for size in module.weight.shape)):
             continue  # a map inside another part
         known.add(row)
         moved = probe.moved_by(state.model, name, probe.out_features(module))
@@ -132,11 +141,16 @@ def _share(rows: list[probe.Row]) -> float:
 
 def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> None:
     width = state.seen.inputs[reader].shape[-1]
-    if not state.grows(reader) and width % state.hidden:
+    if not state.grows(reader) and (state.part or width % state.hidden):
         return  # a width of another part
     reading = read_rows(writers, width)
     if reading.sizes.get("heads") == 1 and _is_in_scan(state, reader):
         return  # what a scan makes of its own input and output maps
+    if state.part and state.stack_of(reader) is None and (times := merged(state, width)):
+        units = (times, state.axis("inner", state.hidden, "elementwise", ""))
+        state.inputs[state.key(reader)] = units
+        state.outputs |= {state.key(name): ((units,), "") for name, (_, by) in reading.writers.items() if not by}
+        return
     names = {}
     kv_heads = reading.sizes.get("kv_heads")
     told = [v for f, v in flat(state.model.config).items() if re.search("key_value_heads|kv_heads", f)]
@@ -191,6 +205,8 @@ def _other_streams(state: Draft) -> None:
     embedded = {m.embedding_dim for m in state.model.modules() if isinstance(m, nn.Embedding)}
     for name, norm in state.norms.items():
         width = state.seen.inputs[name].shape[-1]
+        if state.part and merged(state, width):
+            continue
         if state.grows(name) and width != state.hidden and not writes_unit(state, name):
             kind = "embedding" if width in embedded else "low_rank"
             state.streams[width] = state.axis(kind, width, "layer_norm" if norm.centred else "rms_norm", "")
@@ -198,31 +214,35 @@ def _other_streams(state: Draft) -> None:
 
 def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[int, ...]) -> Layout:
     """The row of one parameter."""
+    if state.part and state.is_elsewhere(name):
+        return (FIXED,) * len(shape)
     if name in state.norms:
         return _norm_layout(state, name, kind, shape)
     if probe.is_linear(module):
         return _linear_layout(state, name, module, kind)
     if isinstance(module, nn.Embedding):
-        if _is_elsewhere(state, name):
+        if state.is_elsewhere(name):
             return (replace(FIXED, side="read"), _dim(state, shape[1], "write"))
         return (Dim(((_lookup(state, name, shape[0]),),), "read"), _dim(state, shape[1], "write", heads=True))
     if isinstance(module, CONVOLUTIONS):
         reads = tuple(_dim(state, size, "read") for size in shape[1:2])
         write = _units_beside(state, name, shape[0]) if shape[1:2] in ((1,), ()) else None
         return (write or _dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
-    if isinstance(module, nn.MultiheadAttention) and not _is_elsewhere(state, name) and kind.startswith("in_proj"):
+    if isinstance(module, nn.MultiheadAttention) and not state.is_elsewhere(name) and kind.startswith("in_proj"):
         write = Dim(_head_axes(state, name, module), "write")
         return (write, _dim(state, shape[1], "read")) if len(shape) == 2 else (write,)
     if len(shape) > 1 and shape[0] == _expert_count(state, name, module):
         return _expert_layout(state, name, kind, shape)
-    if len(shape) == 1 and shape[0] == state.hidden and not _is_elsewhere(state, name):
+    if len(shape) == 1 and shape[0] == state.hidden and not state.is_elsewhere(name):
         added = probe.is_added(state.model, state.seen, module.get_parameter(kind))
         if added is False or (added is None and state.stack_of(name)):
             return (Dim((("raw",),), "scale"),)  # such as a LayerScale
     if units := _units_beside(state, f"{name}.{kind}", shape[0] if shape else 0):
         return (units, *(FIXED,) * (len(shape) - 1))  # of each unit of a scan by itself
     # a linear map of its own kind, such as a router; what joins an image to the text writes the text's stream
-    read = "weight" in kind and len(shape) == 2 and not _is_elsewhere(state, name)
+    read = "weight" in kind and len(shape) == 2 and not state.is_elsewhere(name)
+    if state.part and shape == (state.hidden, text_width(state.model)):
+        return (_raw_if(state, name, _dim(state, shape[0], "read")), FIXED)
     sides = [_dim(state, size, "read" if read and i else "write", heads=True) for i, size in enumerate(shape)]
     return tuple(_raw_if(state, name, dim) for dim in sides)
 
@@ -242,12 +262,14 @@ def _units_beside(state: Draft, name: str, size: int) -> Dim | None:
 
 
 def _dim(state: Draft, size: int, side: Any, heads: bool = False) -> Dim:
-    vocab = vocabulary(state.model)
+    vocab = 0 if state.part else vocabulary(state.model)
     if size == state.hidden:
         return Dim((("hidden",),), side)
     if size == vocab:
         state.axis("vocab", size, "lookup", "")
         return Dim((("vocab",),), side)
+    if times := merged(state, size):
+        return Dim(((times, "hidden"),), side)
     if size in state.streams:
         return Dim(((state.streams[size],),), side)
     per_head = next((a for a in state.sizes if heads and a.endswith("heads") and state.sizes[a] == size), None)
@@ -258,8 +280,10 @@ def _dim(state: Draft, size: int, side: Any, heads: bool = False) -> Dim:
 
 def _lookup(state: Draft, name: str, size: int) -> str:
     last = name.rpartition(".")[2]
-    if size == vocabulary(state.model):
+    if size == vocabulary(state.model) and not state.part:
         return state.axis("vocab", size, "lookup", "")
+    if state.part:
+        return "fixed"  # places of an image or a sound
     kind = "types" if "type" in last else "positions" if "pos" in last or last == "wpe" else "lookup"
     return state.axis(kind, size, "lookup", "")
 
@@ -278,10 +302,10 @@ def _linear_layout(state: Draft, name: str, module: nn.Module, kind: str) -> Lay
     if state.key(name) in state.inputs:
         read = Dim((state.inputs[state.key(name)],), "read")
     else:
-        read = _raw_if(state, name, _dim(state, features_in, "read"))
+        read = _raw_if(state, name, side_by_side(state, name, _dim(state, features_in, "read")))
         if read.parts == FIXED.parts and _is_in_scan(state, name):
             read = replace(_units_beside(state, name, features_in) or read, side="read")
-        if read.parts == FIXED.parts and not state.stack_of(name) and not _is_elsewhere(state, name):
+        if read.parts == FIXED.parts and not state.stack_of(name) and not state.is_elsewhere(name):
             read = _side_by_side(state, features_in) or read
     return (read, write) if isinstance(module, Conv1D) else (write, read)
 
@@ -301,16 +325,22 @@ def _side_by_side(state: Draft, size: int) -> Dim | None:
 
 def _raw_if(state: Draft, name: str, dim: Dim) -> Dim:
     """The axis `raw` where a map reads the residual stream without a norm's weight before it."""
-    if dim.side != "read" or dim.parts != (("hidden",),) or is_post_norm(state):
+    if dim.side != "read" or not {"hidden"} <= set(dim.parts[0]) or is_post_norm(state):
         return dim
     if state.model.get_output_embeddings() is state.model.get_submodule(name) and head_norm_of(state):
         return dim  # what the class does between its last norm and its head is a candidate of its own
     while name and name not in state.seen.inputs:
         name = name.rpartition(".")[0]
     given = state.seen.inputs.get(name)
-    if given is None or given.shape[-1] != state.hidden or norm_before(state, probe.rows(given)):
+    if given is None or given.shape[-1] % state.hidden or given.shape[-1] != _length(state, dim):
         return dim
-    return Dim((("raw",),), "read")
+    if norm_before(state, probe.rows(given)) or norm_before(state, vectors(given, dim, state.hidden)):
+        return dim
+    return Dim((tuple("raw" if axis == "hidden" else axis for axis in dim.parts[0]),), "read")
+
+
+def _length(state: Draft, dim: Dim) -> int:
+    return prod(state.sizes[axis] for axis in dim.parts[0])
 
 
 def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> Layout:
@@ -323,6 +353,8 @@ def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> 
         if len(parts) == 1:
             size = [state.sizes[a] for a in parts[0]]
             axes = parts[0] if len(size) < 2 or shape[0] == size[0] * size[1] else parts[0][-1:]
+    elif merged(state, shape[0]):
+        axes = side_by_side(state, name, _dim(state, shape[0], "read")).parts[0]
     elif shape[0] in state.streams:
         axes = (state.streams[shape[0]],)
     elif shape[0] == state.hidden:
@@ -338,16 +370,9 @@ def _head_axes(state: Draft, name: str, module: nn.MultiheadAttention) -> tuple[
     return tuple((heads, state.axis(kind, module.head_dim, role, name)) for kind, role in kinds)
 
 
-def _is_elsewhere(state: Draft, name: str) -> bool:
-    """Whether a module belongs to another part than the text: nothing in it runs on text alone."""
-    if not state.seen.with_media:
-        return False
-    return not any(ran == name or ran.startswith(name + ".") for ran in state.seen.on_text)
-
-
 def _expert_count(state: Draft, name: str, module: nn.Module) -> int | None:
     """How many experts a module holds, stacked in tensors of three dimensions."""
-    if isinstance(module, CONVOLUTIONS) or _is_elsewhere(state, name):
+    if isinstance(module, CONVOLUTIONS) or state.is_elsewhere(name):
         return None
     stacked = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3} - {1, state.hidden}
     return stacked.pop() if len(stacked) == 1 else None

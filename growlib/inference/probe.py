@@ -53,6 +53,11 @@ class Trace:
     on_text: set[str] = field(default_factory=set)  # the modules that run without an image or a sound
     with_media: bool = False
 
+    @property
+    def on_media(self) -> set[str]:
+        """The modules that run with an image or a sound only."""
+        return {*self.inputs, *self.outputs} - self.on_text
+
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
@@ -128,8 +133,9 @@ def is_added(model: PreTrainedModel, seen: Trace, parameter: nn.Parameter) -> bo
     kept = parameter.clone()
     parameter.add_(1 + kept.abs())
     try:
-        with hooked(model, look):
-            model(**every_input(model)[0])
+        for given_inputs in every_input(model):
+            with hooked(model, look):
+                model(**given_inputs)
     finally:
         parameter.copy_(kept)
     return found[0] if found else None

@@ -16,9 +16,10 @@ from growlib.inference.tiny_layers import layer_counts
 from growlib.layer_fields import follow_layers
 from growlib.layouts import Layout
 from growlib.media import PLACEHOLDER
-from growlib.parts import flat, last_word, part_in, rebuilt, text_part, value_of
+from growlib.parts import flat, last_word, own_part, part_in, rebuilt, value_of
 
 ABSENT = 72  # what a field that is None is set to
+HEADS = ("head", "k", "head_dim")  # hints of the axes that a number of heads says something of
 CONSTANTS = range(2, 9)
 TRIES = 20_000  # of one group of axes
 
@@ -40,15 +41,18 @@ class Build:
     skeleton: Skeleton
 
 
-def builds(model_class: type[PreTrainedModel], base: Skeleton) -> list[Build]:
-    """One for each config field that changes the class's shapes when it is doubled, or set where it is None."""
+def builds(model_class: type[PreTrainedModel], base: Skeleton, part: str = "") -> list[Build]:
+    """One for each config field that changes the class's shapes when it is doubled, or set where it is None.
+
+    The fields are those of a part; of the text and the top level where it is "".
+    """
     built_with = []
     links = same_width(base.config)
     fields = flat(base.config)
     counted = {name: count for name, count in layer_counts(base.config, LAYERS).items() if name not in fields}
     listed = {name: 2 * count for name, count in counted.items() if name in settled(base.config, {name: 2 * count})}
     for name, value in {**{name: counted[name] for name in listed}, **fields}.items():
-        if part_in(name) not in ("", text_part(base.config)) or name in links:
+        if part_in(name) not in own_part(base.config, part) or name in links:
             continue
         if isinstance(value, bool) or PLACEHOLDER.search(name) or not (value is None or isinstance(value, int)):
             continue
@@ -84,14 +88,21 @@ def changed(
     return rebuilt(config, {**values, **fields})
 
 
-def candidates(size: int, config: PreTrainedConfig, hint: str) -> list[str]:
-    """Expressions of the config with this size, the likeliest first."""
+def candidates(
+    size: int, config: PreTrainedConfig, hint: str, part: str = "", acting: Collection[str] = ()
+) -> list[str]:
+    """Expressions of a part's config with this size, the likeliest first.
+
+    Of a part that is not the text, only fields count that change a shape (`acting`): others may have the size of what
+    the text says. The number of heads need not change one.
+    """
     links = same_width(config)
     numbers = {
         name: value
         for name, value in flat(config).items()
         if isinstance(value, int) and not isinstance(value, bool) and value > 1 and not PLACEHOLDER.search(name)
-        if part_in(name) in ("", text_part(config)) and name not in links
+        if part_in(name) in own_part(config, part) and name not in links
+        if not part or name in acting or ("head" in name and hint.rpartition(" ")[2] in HEADS)
     }
     # A field whose name says what the axis is for comes first, then the usual names.
     order = sorted(
@@ -102,6 +113,7 @@ def candidates(size: int, config: PreTrainedConfig, hint: str) -> list[str]:
     options += [f"{a} * {c}" for a in order for c in CONSTANTS if numbers[a] * c == size]
     options += [f"{a} / {c}" for a in order for c in CONSTANTS if numbers[a] == size * c]
     options += [f"{a} * {b}" for a in order for b in order if a < b and numbers[a] * numbers[b] == size]
+    options += [f"{a} * {a}" for a in order if part and numbers[a] * numbers[a] == size]  # patches of a square
     options += [f"{a} + {c}" for a in order for c in (1, 2) if numbers[a] + c == size]
     return [*options, str(size)]
 
@@ -113,6 +125,8 @@ def choose(
     row_of: Any,
     base: Skeleton,
     others: Iterable[Build],
+    part: str = "",
+    layers: Collection[str] = (),
 ) -> dict[str, str]:
     """For each axis the expression of its size under which every dimension has its length in every build.
 
@@ -121,7 +135,8 @@ def choose(
     others = list(others)
     present = [base, *(build.skeleton for build in others if not build.was_absent)]
     checks = [check for skeleton in present for check in _checks(sizes, layouts, row_of, skeleton)]
-    options = {name: candidates(size, base.config, hints.get(name, name)) for name, size in sizes.items()}
+    acting = {build.field for build in others}.difference(layers)
+    options = {name: candidates(n, base.config, hints.get(name, name), part, acting) for name, n in sizes.items()}
     chosen: dict[str, str] = {}
     for group in _groups(sizes, checks):
         chosen |= _solve(group, options, checks)

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from growlib.architectures.schema import Architecture, Axis, Stack
+from growlib.architectures.schema import Architecture, Axis, Stack, fields_in
 from growlib.errors import GrowError
 from growlib.growth_plan import Skeleton
 from growlib.inference.draft import FIXED, Draft, head_norm_of, is_hidden, is_post_norm, norm_after
@@ -23,11 +23,13 @@ def table_of(state: Draft, base: Skeleton, others: list[Build]) -> Architecture:
     alike = [b for b in others if {state.row_of(base.base(name)) for name in b.skeleton.shapes} == rows]
     bound = [b.field for b in others if b not in alike and value_of(base.config, b.field) == state.hidden]
     _only_hidden(state, base, alike)
-    sizes = choose(state.sizes, hints, state.rows, state.row_of, base, alike)
+    sizes = choose(
+        state.sizes, hints, state.rows, state.row_of, base, alike, state.part, {stack.layers for stack in state.stacks}
+    )
     state.rows = {row: tuple(_known(dim, sizes) for dim in layout) for row, layout in state.rows.items()}
     used = {axis for layout in state.rows.values() for dim in layout for part in dim.parts for axis in part}
     known = [name for name in state.sizes if name in used and name in sizes]
-    axes = {name: Axis(sizes[name], _role(state, name), _groups(state, name, sizes)) for name in known}
+    axes = {name: Axis(sizes[name], _role(state, name, sizes[name]), _groups(state, name, sizes)) for name in known}
     if "hidden" not in axes:
         asked = f"inferring the table of {type(state.model).__name__}"
         raise GrowError(asked, "no config field says how wide its blocks are", "a table in growlib/architectures")
@@ -39,9 +41,9 @@ def table_of(state: Draft, base: Skeleton, others: list[Build]) -> Architecture:
         axes=axes,
         tensors=state.rows,
         ties=_ties(state),
-        head_norm=state.key(head_norm_of(state)).rstrip("."),
+        head_norm="" if state.part else state.key(head_norm_of(state)).rstrip("."),
         follows=_follows(axes)
-        | dict.fromkeys(same_width(base.config), axes["hidden"].size)
+        | ({} if state.part else dict.fromkeys(same_width(base.config), axes["hidden"].size))
         | routed
         | {field: axes["hidden"].size for field in bound if field != axes["hidden"].size},
     )
@@ -74,7 +76,9 @@ def _known(dim: Dim, sizes: dict[str, str]) -> Dim:
     return dim if known else Dim(FIXED.parts, dim.side, offset=dim.offset)
 
 
-def _role(state: Draft, axis: str) -> str:
+def _role(state: Draft, axis: str, size: str) -> str:
+    if state.part and (not state.roles.get(axis, "-") or not fields_in(size)):
+        return ""  # a constant, or what the text says
     if axis == "raw":
         return "unscaled"
     if axis == "hidden":
