@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from operator import gt
 from pathlib import Path
@@ -89,11 +89,13 @@ def verify(
     if type(big) is not type(small) and not (is_mixture(big.config) and _task(small) == _task(big)):
         wrong = f"they are a {type(small).__name__} and a {type(big).__name__}"
         raise GrowError(asked, wrong, "two models of one class, or a dense one and a mixture of experts")
-    shapes = {name: parameter.shape for name, parameter in big.named_parameters()}
+    shapes: dict[str, list[torch.Size]] = defaultdict(list)  # of each row: layers of several kinds may move
+    for name, parameter in big.named_parameters():
+        shapes[_row(name)].append(parameter.shape)
     mine, theirs = (_rows(model) for model in (small, big))
     for name, parameter in small.named_parameters():
         lost = type(big) is type(small) and mine[_row(name)] > theirs[_row(name)]
-        if lost or (name in shapes and any(map(gt, parameter.shape, shapes[name]))):
+        if lost or (shapes[_row(name)] and all(any(map(gt, parameter.shape, s)) for s in shapes[_row(name)])):
             wrong = f"{name} is {'missing' if lost else 'smaller'} in the second"
             raise GrowError(asked, wrong, "first the source, then a model at least as large")
     try:
