@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from base import ranking, shares
+from base import moments, ranking, shares
 from base.report import as_markdown
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -14,6 +14,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 TABLES = {
     "when/when.json": shares.table,
     "methods/methods.json": ranking.table,
+    "progressive/progressive.json": moments.table,
 }
 
 
