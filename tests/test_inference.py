@@ -317,6 +317,7 @@ def test_a_table_survives_being_written():
     assert to_table(from_table("qwen3", json.loads(json.dumps(to_table(found))), "")) == to_table(found)
 
 
+@pytest.mark.slow  # what could make it smaller is searched for
 def test_a_class_that_cannot_be_tiny_is_refused():
     with pytest.raises(GrowError, match="building a tiny T5GemmaForConditionalGeneration"):
         infer(T.T5GemmaConfig())

@@ -14,9 +14,11 @@ import bench_ki
 import domain_adaptation
 import estimators
 import generations
+import growlib
 import ki_ablations
 import teacher_factors
 from base import study
+from base.aids import Aid
 from base.command import STOPPED
 from base.domains import code_and_prose, split
 from base.job import Job, place
@@ -109,6 +111,7 @@ def test_what_decides_a_training_decides_where_it_is_kept(tmp_path):
     start = fresh(setting, setting.initial)
     job = lab.job("a", start, {"text": rows}, learning_rate=1e-3, teachers=(teacher,), knowledge={"alpha": 1.0})
     larger = dataclasses.replace(setting.text, vocab_size=640)
+    plan = growlib.plan(start.config, {"num_hidden_layers": 2})
     in_two_orders = [{"text": rows, "code": other}, {"code": other, "text": rows}]
     others = {
         "start": [
@@ -140,6 +143,13 @@ def test_what_decides_a_training_decides_where_it_is_kept(tmp_path):
             GrowthSchedule({1: {"num_hidden_layers": 2}}, moments="reset"),
             GrowthSchedule({1: {"num_hidden_layers": 2}}, rewarm=Rewarm(steps=2)),
             GrowthSchedule({1: {"num_hidden_layers": 2}}, seed=1),
+        ],
+        "aid": [
+            *(Aid(plan, new=rate) for rate in (2.0, Rewarm(steps=2), Rewarm(steps=3))),
+            *(
+                Aid(plan, **changed)
+                for changed in ({"old": 0.5}, {"decays_new": False}, {"mup": True}, {"frozen": True})
+            ),
         ],
     }
     assert set(others) == {field.name for field in dataclasses.fields(Job)} - {"name"}
