@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from base import moments, ranking, shares
+from base import moments, ranking, shares, study
 from base.report import as_markdown
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -15,6 +15,8 @@ TABLES = {
     "when/when.json": shares.table,
     "methods/methods.json": ranking.table,
     "progressive/progressive.json": moments.table,
+    "after/after.json": lambda content: study.table(content["results"]),
+    "after/after-4e-3.json": lambda content: study.table(content["results"]),
 }
 
 
