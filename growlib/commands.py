@@ -234,6 +234,10 @@ def cache(options: argparse.Namespace) -> int:
     if words[0] == "answers" or is_served:
         if options.store == "hidden":
             raise GrowError("growlib cache --store hidden", "servers do not give hidden states", "no --store")
+        given = {name: getattr(options, name) for name in ("samples", "temperature", "seed")}
+        if told := [f"--{name} {value}" for name, value in given.items() if value is not None]:
+            wrong = "servers list their most probable tokens at temperature 1, and draw none"
+            raise GrowError(f"growlib cache {' '.join(told)}", wrong, "--top-k alone")
         tokenizer = tokenizer_at(options.tokenizer) if options.tokenizer else None
         top_k = 16 if options.top_k is None else options.top_k
         server = Server(words[0], options.model or "", top_k) if is_served else None

@@ -104,7 +104,7 @@ def _ends(key: str, value: Any, count: int) -> list[int]:
 
 def taken_elsewhere(fields: Mapping[str, Any], counted: str) -> dict[str, Any]:
     """The fields around a part that say which of its layers' outputs are taken: `vision_feature_layer`."""
-    word = re.split("_", last_word(part_in(counted)))[0]
+    word = last_word(part_in(counted)).partition("_")[0]
     named = {key: v for key, v in fields.items() if part_in(key) != part_in(counted) and _TAKEN.search(last_word(key))}
     return {key: v for key, v in named.items() if word and last_word(key).startswith(f"{word}_feature_layer")}
 

@@ -46,7 +46,7 @@ def of_architecture(
         several = sum(_changes(source, target, field) for field in own - table.follows.keys()) > 1
         verdict = table.proven.get(together(part), EXACT)
         if several and not verdict.exact:
-            unproven[verdict.why].append(f"several sizes {'of its ' + part if part else ''} at once".replace("  ", " "))
+            unproven[verdict.why].append(f"several sizes{f' of its {part}' if part else ''} at once")
     return reasons + [
         f"growth of {' and '.join(dict.fromkeys(names))} is not proven for {table.model_type}: {why}"
         for why, names in unproven.items()

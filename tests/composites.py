@@ -3,6 +3,8 @@
 import torch
 import transformers
 
+from growlib.outputs import every_input, outputs
+
 LLAMA = {"model_type": "llama"}
 TEXT = {
     "hidden_size": 24,
@@ -374,3 +376,13 @@ def tower_target_of(name):
         return {part: fields}
     fields |= {units: getattr(tower, units) + 12} if units else {}
     return {part: fields | {width: int(getattr(tower, width) * (2 if name in TOWER_WHOLE else 1.5))}}
+
+
+def same_with_an_image(small, big):
+    """Logits on text alone, and with what the class sees or hears."""
+    inputs = every_input(small)
+    assert len(inputs) > 1, "neither an image nor a sound was looked at"
+    for given in inputs:
+        expected = outputs(small, given)["logits"]
+        apart = (outputs(big, given)["logits"] - expected).abs().max() / (expected.max() - expected.min())
+        assert apart < 1e-5

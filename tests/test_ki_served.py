@@ -160,6 +160,15 @@ def test_a_student_learns_from_what_was_served(stand, tmp_path, capsys):
     assert trainer.state.log_history[0]["ki/kd"] > 0
 
 
+@pytest.mark.parametrize("option", ["--samples", "--temperature", "--seed"])
+def test_what_a_server_cannot_do_is_refused(option, tmp_path, capsys):
+    for first in (["http://nowhere/v1", "data.jsonl"], ["answers", "answers.jsonl"]):
+        assert main(["cache", *first, str(tmp_path / "cache"), option, "2"]) == 2
+        message = capsys.readouterr().err
+        assert f"{option} 2" in message
+        assert "--top-k alone" in message
+
+
 def test_a_busy_server_is_asked_again_and_a_call_goes_on_where_it_was(stand, tmp_path):
     server = Server(stand.url + "/v1", "teacher", TOP_K)
     call = {"server": server, "top_k": TOP_K, "vocab": VOCAB, "shard_examples": 2}

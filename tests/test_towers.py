@@ -14,6 +14,7 @@ from composites import (
     TOWER_UNSEEN,
     composite,
     config_of,
+    same_with_an_image,
     target_of,
     tower_of,
     tower_target_of,
@@ -28,20 +29,10 @@ from growlib.inference import architecture_of
 from growlib.inference.towers import joined
 from growlib.layer_fields import followed, kinds_said
 from growlib.layouts import parse_layout
-from growlib.outputs import every_input, outputs
 
 TOWERS = [
     pytest.param(name, marks=() if name == LLAVA else pytest.mark.slow) for name in COMPOSITES if name != TOWER_UNSEEN
 ]
-
-
-def same_with_an_image(small, big):
-    inputs = every_input(small)
-    assert len(inputs) > 1, "neither an image nor a sound was looked at"
-    for given in inputs:
-        expected = outputs(small, given)["logits"]
-        apart = (outputs(big, given)["logits"] - expected).abs().max() / (expected.max() - expected.min())
-        assert apart < 1e-5
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -195,7 +195,7 @@ def check_room(folder: Path, needed: float) -> None:
     free = shutil.disk_usage(folder).free
     if free < 0.9 * needed:
         wrong = f"it takes about {needed / 1e9:.3g} GB more, and {free / 1e9:.3g} GB of the disk are free"
-        valid = "more room, or fewer bytes of a position (top_k, samples)"
+        valid = "more room, or fewer bytes of a position: a smaller top_k and samples, or hidden states in 16 bits"
         raise GrowError(f"caching a teacher in {str(folder)!r}", wrong, valid)
 
 
