@@ -7,7 +7,7 @@ Means are the source's: what is drawn has no share in them.
 A tensor is made some rows at a time: what stands in between stays in the cache, and takes no memory to speak of.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from growlib.averages import deviation, mean_along
 from growlib.choice import Choice, Copies
-from growlib.free_values import FreeValues
+from growlib.free_values import FreeValues, scaled
 from growlib.growth_plan import GrowthPlan, TensorPlan
 from growlib.layouts import Part, along, by_axes, grow_layout, read_own
 from growlib.maps import FILLINGS, AxisMap, Side, copy_numbers
 
-BLOCK = 1 << 18  # values at once: 1 MB in float32
+BLOCK = 1 << 20  # values at once: 4 MB in float32
 
 
 def apply(plan: GrowthPlan, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -40,11 +40,12 @@ def grow_tensor(
     plan: GrowthPlan,
     following: Tensor | None = None,
     weigher: Tensor | None = None,
+    empty: Callable[..., Tensor] = torch.empty,
 ) -> Tensor:
     """Grow one tensor: float32 arithmetic (float64 for float64 sources), the source's dtype.
 
     `following` is the same tensor of the next layer, for tensors that take from it; `weigher` [rows] scales what this
-    tensor writes, so that its mean row is the mean of rows that are weighed so.
+    tensor writes, so that its mean row is the mean of rows that are weighed so. `empty` makes the memory.
     """
     kept, source = source.dtype, source.detach()
     if not made.layout:  # a single number
@@ -57,7 +58,7 @@ def grow_tensor(
     later = None if following is None else following.detach().to(source.device)
     if later is not None and made.share:
         source = torch.lerp(source.to(wide), later.to(wide), made.share)
-    rule = _Rule(made.name, plan, source, wide, _shares(weigher, made.weigher_gain))
+    rule = _Rule(made.name, plan, source, wide, _shares(weigher, made.weigher_gain), empty)
     if made.constant is not None:
         values, later, noise = source.new_full((), made.constant, dtype=wide).expand(source.shape), None, 0.0
     else:
@@ -91,6 +92,7 @@ class _Rule:
     source: Tensor
     wide: torch.dtype  # of the arithmetic
     shares: Tensor | None = None  # of each row in the mean row: float64 [rows]
+    empty: Callable[..., Tensor] = torch.empty
 
     @cached_property
     def width(self) -> float:
@@ -99,9 +101,10 @@ class _Rule:
         # An all-zero matrix still needs free values that differ.
         return self.plan.initializer_range if self.source.ndim > 1 and width == 0 else width
 
-    def drawn(self, key: str, rows: np.ndarray, first: int, last: int) -> Tensor:
-        """Free values of some rows, columns `first` to `last`."""
-        values = FreeValues(self.plan.seed, f"{self.name}/{key}").normals(rows, first, last)
+    def drawn(self, key: str, rows: np.ndarray, first: int, last: int, amplitude: float | None = None) -> Tensor:
+        """Free values of some rows, columns `first` to `last`: `amplitude` deviations of the source wide, or 1."""
+        table = None if amplitude is None else scaled(amplitude * self.width, self.wide)
+        values = FreeValues(self.plan.seed, f"{self.name}/{key}").normals(rows, first, last, table)
         return torch.from_numpy(values).to(self.source.device, self.wide)
 
 
@@ -167,6 +170,9 @@ class _Step:
         drawn = np.flatnonzero(self.amplitude)
         self.low, self.high = (int(drawn[0]), int(drawn[-1]) + 1) if len(drawn) else (0, 0)
         self.centred = side == "read" and bool(axis_map.copy_noise)
+        widths = self.amplitude[drawn]
+        even = not self.centred and len(drawn) == self.high - self.low > 0 and np.ptp(widths) == 0
+        self.even = float(widths[0]) if even else None  # the amplitude of all that is drawn, where it is one
 
     @cached_property
     def copies(self) -> Copies:
@@ -182,7 +188,7 @@ def _grow_part(rule: _Rule, ending: _Ending, values: Tensor, part: Part) -> Tens
     sizes = list(values.shape)
     for step in steps:
         sizes[step.dim] = step.axis_map.new
-    out = torch.empty(sizes, dtype=ending.dtype, device=values.device)
+    out = rule.empty(sizes, dtype=ending.dtype, device=values.device)
     weighed = values if rule.shares is None else values * along(rule.shares, 0, values)
     mean = next((mean_along(weighed, 0, rule.wide) for step in steps if step.dim == 0 and step.has_mean), None)
     # Dimensions that all lie in the tensor's last one are drawn as one row.
@@ -208,8 +214,6 @@ class _Rows:
     def grow(self, values: Tensor, mean: Tensor | None) -> Tensor:
         """The values of the rows, from those of all of the source's, and the mean over these."""
         block = self._of_source(values, mean)
-        for dim in sorted(self.means - {0}):
-            block = torch.cat([block, mean_along(block, dim)], dim)
         for step in self.steps:
             scale, zero = step.scale, step.zero
             if step.dim == 0:
@@ -226,13 +230,19 @@ class _Rows:
         return block
 
     def _of_source(self, values: Tensor, mean: Tensor | None) -> Tensor:
-        """The source's rows, in the dtype of the arithmetic: values that may be changed."""
+        """The source's rows, each mean behind what it is the mean of, in the dtype of the arithmetic."""
         is_mean = self.numbers == self.old if mean is not None else np.zeros(len(self.at), dtype=bool)
         rows = Choice(np.where(is_mean, 0, self.numbers))(values, 0)
-        block = torch.empty(rows.shape, dtype=self.rule.wide, device=rows.device).copy_(rows)
+        sizes = [length + (dim in self.means and dim > 0) for dim, length in enumerate(rows.shape)]
+        whole = torch.empty(sizes, dtype=self.rule.wide, device=rows.device)
+        block = whole[tuple(map(slice, rows.shape))].copy_(rows)
         if mean is not None and is_mean.any():
             block[torch.from_numpy(is_mean)] = mean
-        return block
+        for dim in sorted(self.means - {0}):
+            so_far = [n if d <= dim or d not in self.means else n - 1 for d, n in enumerate(sizes)]
+            filled = whole[tuple(map(slice, so_far))]
+            filled.narrow(dim, sizes[dim] - 1, 1).copy_(mean_along(filled.narrow(dim, 0, sizes[dim] - 1), dim))
+        return whole
 
     def _add_drawn(self, block: Tensor, step: _Step) -> None:
         """Add what is drawn for one dimension, whose entries `low` to `high` have an amplitude."""
@@ -257,12 +267,13 @@ class _Rows:
                 drawn = step.copies.centred(drawn, step.dim)
         if 0 in self.means:  # what stands for a mean is not drawn
             drawn[torch.from_numpy(numbers == self.old)] = 0.0
-        amplitude = torch.from_numpy(step.amplitude[low:high] * self.rule.width).to(drawn)
         for dim in self.means - {0}:
             block = block.narrow(dim, 0, lengths[dim])
         if step.dim:
             block = block.narrow(step.dim, low, high - low)
-        block.add_(drawn.mul_(along(amplitude, step.dim, drawn)))
+        if not step.even:
+            drawn.mul_(along(torch.from_numpy(step.amplitude[low:high] * self.rule.width).to(drawn), step.dim, drawn))
+        block.add_(drawn)
 
     def _drawn(self, step: _Step, numbers: np.ndarray, lengths: list[int]) -> Tensor:
         """Free values of the entries `numbers` of the first dimension, `low` to `high` of the step's, all of others."""
@@ -276,7 +287,7 @@ class _Rows:
         first, last = 0, inner * (len(numbers) if not leading and dim == 0 else lengths[leading])
         if dim == leading:
             first, last = step.low * inner, step.high * inner
-        drawn = self.rule.drawn(key, rows, first, last)
+        drawn = self.rule.drawn(key, rows, first, last, step.even)
         if dim <= leading and dim:
             lengths = [*lengths[:dim], step.high - step.low, *lengths[dim + 1 :]]
         drawn = drawn.view(lengths)

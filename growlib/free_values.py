@@ -11,7 +11,7 @@ SplitMix64's (Steele et al., OOPSLA 2014).
 """
 
 import hashlib
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -103,6 +103,12 @@ def quantiles() -> np.ndarray:
     lower = torch.special.ndtri((torch.arange(1 << (BITS - 1), dtype=torch.float64) + 0.5) / (1 << BITS)).numpy()
     both = np.concatenate([lower, -lower[::-1]])
     return (both / np.sqrt((both**2).mean())).astype(np.float32)
+
+
+@lru_cache(16)
+def scaled(width: float, dtype: torch.dtype) -> np.ndarray:
+    """The quantiles of a normal that is `width` wide, in a dtype."""
+    return (torch.from_numpy(quantiles()).to(dtype) * width).numpy()
 
 
 def normal(seed: int, name: str, rows: int, columns: int) -> torch.Tensor:

@@ -26,10 +26,11 @@ from growlib.folders import REQUEST, folder_of, new_folder
 from growlib.growth import expand, settled
 from growlib.growth_plan import GrowthPlan
 from growlib.operators import Method
+from growlib.recycling import Recycled
 
 LARGEST = "5GB"  # of one file
 THREADS = 4  # that make tensors, at most
-VERSION = 1  # of what is written: another one does not go on with an older one's files
+VERSION = 2  # of what is written: another one does not go on with an older one's files
 
 Check = Callable[[Path], str]  # of a finished folder, before it gets its name: what it measured
 Progress = Callable[[int, int], object]  # is told how many bytes are written, and of how many
@@ -194,7 +195,7 @@ class Grown(Mapping[str, Tensor]):
     """The tensors of the grown model. Each is made when it is asked for."""
 
     def __init__(self, growth: GrowthPlan, tensors: Mapping[str, Tensor], finite: bool) -> None:
-        self._growth, self._tensors, self._finite = growth, tensors, finite
+        self._growth, self._tensors, self._finite, self._memory = growth, tensors, finite, Recycled()
         self._made = {made.name: made for made in growth.tensors}
         self._experts = {made.name: made for made in growth.mixture.tensors} if growth.mixture else {}
 
@@ -205,7 +206,7 @@ class Grown(Mapping[str, Tensor]):
         made = self._made[name]
         source = self._read(made.source) if made.source else torch.zeros(made.old_shape)
         following, weigher = (self._read(name) if name else None for name in (made.following, made.weigher))
-        return grow_tensor(made, source, self._growth, following, weigher)
+        return grow_tensor(made, source, self._growth, following, weigher, self._memory.empty)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._made | self._experts)

@@ -26,7 +26,7 @@ from base.lab import Lab, fresh
 from base.measure import peak_bytes
 from base.setting import load_preset
 from base.start import Checkpoint, Continued, Grown
-from base.text import train_tokenizer
+from base.text import Masking, train_tokenizer
 from growlib import GrowError, GrowthSchedule, Rewarm
 
 MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\nevaluations = 1\n'
@@ -132,7 +132,7 @@ def test_what_decides_a_training_decides_where_it_is_kept(tmp_path):
         "learning_rate": [2e-3],
         "seed": [1],
         "order": [1],
-        "mask_token": [1],
+        "masking": [Masking(1, 0.15), Masking(1, 0.3), Masking(2, 0.15)],
         "teachers": [(another,), (teacher, another), (another, teacher), {"text": teacher}, {"0": teacher}, ()],
         "knowledge": [{"alpha": 0.5}, {"alpha": 1.0, "gate": True}],
         "keeps_model": [False],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import tiny
 
 import growlib
-from growlib import apply, averages, operators
+from growlib import apply, averages, operators, recycling
 from growlib.averages import mean_along
 from growlib.choice import PIECES, Choice, Copies
 from growlib.show import split_layer
@@ -101,3 +101,33 @@ def test_means_in_pieces_are_those_of_the_whole(shape, dim, monkeypatch):
     expected = np.add.reduce(values.double().numpy(), axis=dim, keepdims=True) / shape[dim]
     assert torch.equal(mean_along(values, dim, torch.float64), torch.from_numpy(expected))
     assert mean_along(values.bfloat16(), dim).dtype == torch.bfloat16
+
+
+def test_memory_is_taken_again_and_never_shared(monkeypatch):
+    monkeypatch.setattr(recycling, "SMALLEST", 1)
+    monkeypatch.setattr(recycling, "KEPT", 1 << 12)
+    memory, rng, living, places = recycling.Recycled(), np.random.default_rng(0), {}, set()
+    for number in range(400):
+        shape, dtype = rng.integers(1, 16, size=2).tolist(), (torch.float32, torch.bfloat16)[number % 2]
+        made = memory.empty(shape, dtype=dtype, device=torch.device("cpu")).fill_(number % 100)
+        assert (list(made.shape), made.dtype) == (shape, dtype)
+        living[number] = (made.data_ptr(), made.view(-1) if number % 3 else made.t())  # what is left of it is a view
+        places.add(made.data_ptr())
+        del made
+        for key in rng.choice(list(living), size=max(len(living) - 8, 0), replace=False).tolist():
+            del living[key]
+        assert all((view == key % 100).all() for key, (_, view) in living.items())
+        assert len({place for place, _ in living.values()}) == len(living)
+    assert sum(map(len, memory._left)) <= (1 << 12) + 8 * 15 * 15 * 4  # what lived last comes back whole
+    assert len(places) < 200
+
+
+def test_a_large_deviation_is_that_of_a_part(monkeypatch):
+    monkeypatch.setattr(averages, "SEEN", 4 * averages.CHUNK)
+    values = torch.randn(40 * averages.CHUNK + 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    assert averages.deviation(values) == pytest.approx(3, rel=5e-3)
+    assert averages.deviation(values) != pytest.approx(values.double().std().item(), rel=1e-6)
+    alike = torch.ones(40 * averages.CHUNK)
+    assert averages.deviation(alike) == 0
+    alike[averages.CHUNK] = 2  # where nothing was looked at
+    assert averages.deviation(alike) == pytest.approx(alike.double().std(correction=0).item())

@@ -98,8 +98,8 @@ def prepare(
     with PartialState().main_process_first():
         corpus = text.prepare(setting.text, small, folder)
     blocks, _ = text.share_text(corpus, setting.text.train_tokens, setting.small.text)
-    mask_token = text.mask_token_of(corpus.tokenizer, is_masked(model))
-    lab = Lab(setting, folder, corpus.tokenizer, {TEXT: corpus.held_out}, mask_token)
+    masking = text.masking_of(corpus.tokenizer, is_masked(model), setting.text.masked_share)
+    lab = Lab(setting, folder, corpus.tokenizer, {TEXT: corpus.held_out}, masking)
     known = [_given_teacher(path, model, lab) for path in teachers]
     if small:
         of_small = given("--small", small, model, lab)

@@ -41,7 +41,7 @@ class Job:
         held_out: blocks by domain; the first one's loss is the curve.
         seed: of the initial values and of the training.
         order: the seed of the order of the blocks.
-        mask_token: of a masked language model; None for a causal one.
+        masking: of a masked language model; None for a causal one.
         teachers: several are averaged; in a mapping, each teaches the examples of its domain.
         knowledge: the fields of `KIConfig` beside the teachers.
         keeps_model: whether the trained model is kept, or its curve alone.
@@ -58,7 +58,7 @@ class Job:
     learning_rate: float
     seed: int
     order: int
-    mask_token: int | None = None
+    masking: text.Masking | None = None
     teachers: tuple[Checkpoint, ...] | Mapping[str, Checkpoint] = ()
     knowledge: Mapping[str, Any] = field(default_factory=dict)
     keeps_model: bool = False
@@ -75,7 +75,7 @@ class Job:
 
     def ordered(self, number: int, seed: int) -> text.OfDomains:
         """Blocks in an order of training."""
-        return text.OfDomains(self.blocks, number, seed, self.mask_token, isinstance(self.teachers, Mapping))
+        return text.OfDomains(self.blocks, number, seed, self.masking, isinstance(self.teachers, Mapping))
 
     def ki(self) -> KIConfig | None:
         """The teacher's part; None without one."""
@@ -95,7 +95,7 @@ class Job:
             "start": self.start.decided_by(),
             "text": [[domain, key_of_blocks(rows)] for domain, rows in self.blocks.items()],  # their order decides, too
             "held_out": [[domain, key_of_blocks(rows)] for domain, rows in self.held_out.items()],
-            "tokenizer": [store.key_of(self.tokenizer.get_vocab()), self.mask_token],
+            "tokenizer": [store.key_of(self.tokenizer.get_vocab()), self.masking],
             "training": dataclasses.asdict(self.training),
             "learning_rate": self.learning_rate,
             "seed": self.seed,
@@ -146,7 +146,7 @@ def run(job: Job, folder: Path) -> Finished:
     if kept:
         return kept
     model, growth_flops = job.start.build(job)
-    held_out = {name: text.Ordered(rows, len(rows), 0, job.mask_token) for name, rows in job.held_out.items()}
+    held_out = {name: text.Ordered(rows, len(rows), 0, job.masking) for name, rows in job.held_out.items()}
     (domain, blocks), *others = held_out.items()
     ordered, ki = job.ordered(job.sequences, job.order), job.ki()
     done = train(

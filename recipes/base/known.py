@@ -53,7 +53,7 @@ def given(name: str, path: Path, model: PreTrainedModel, lab: Lab) -> Known:
         wrong = f"it has {positions} positions and the preset's sequences {length} tokens"
         raise GrowError(f"{name} {path}", wrong, f"a preset whose sequence_length is at most {positions}")
     (held_out,) = lab.held_out.values()
-    blocks = text.Ordered(held_out, len(held_out), 0, lab.mask_token)
+    blocks = text.Ordered(held_out, len(held_out), 0, lab.masking)
     loss = evaluate(model, blocks, lab.tokenizer, lab.setting.training)
     return Known(str(path), Checkpoint.given(path), loss, None, None)
 

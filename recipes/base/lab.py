@@ -23,14 +23,14 @@ class Lab:
 
     Attributes:
         held_out: blocks by domain, [number, L].
-        mask_token: of a masked language model; None for a causal one.
+        masking: of a masked language model; None for a causal one.
     """
 
     setting: Setting
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     held_out: Mapping[str, np.ndarray]
-    mask_token: int | None = None
+    masking: text.Masking | None = None
 
     def job(
         self,
@@ -67,7 +67,7 @@ class Lab:
             learning_rate=learning_rate,
             seed=setting.seed if seed is None else seed,
             order=setting.seed if order is None else order,
-            mask_token=self.mask_token,
+            masking=self.masking,
             teachers=teachers,
             knowledge=knowledge or {},
             keeps_model=keeps_model,
@@ -110,7 +110,7 @@ class Lab:
     def cached(self, teacher: Checkpoint, blocks: Mapping[str, np.ndarray], *, top_k: int, samples: int) -> Checkpoint:
         """A teacher's targets on the text that a training of the setting's steps sees."""
         seed, number = self.setting.seed, self.setting.training.steps * self.setting.training.batch_size
-        seen = text.OfDomains(blocks, number, seed, self.mask_token, named=False)
+        seen = text.OfDomains(blocks, number, seed, self.masking, named=False)
         text_key = store.key_of({name: key_of_blocks(rows) for name, rows in blocks.items()}, number, seed)
         path = self.folder / "caches" / f"{teacher.key}-{top_k}-{samples}-{text_key}"
         growlib.cache_teacher(teacher.path, seen, path, top_k=top_k, samples=samples, batch_size=32)

@@ -30,6 +30,7 @@ class Text:
     sequence_length: int
     train_tokens: int  # distinct tokens to train on, repeated as needed; 0: all there are
     held_out_tokens: int  # evaluated at each point of the curve
+    masked_share: float  # of the tokens that a masked language model has to find
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +39,13 @@ SKIPPED_FOLDERS = {
 }
 IGNORED = -100
 DOMAIN = "domain"  # the column that names an example's domain
-MASKED_SHARE = 0.15  # BERT (arXiv 1810.04805); all of them become the mask token
+
+
+class Masking(NamedTuple):
+    """What a masked language model has to find: a share of the tokens, all of which become the mask token."""
+
+    token: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -245,27 +251,23 @@ class Ordered(Dataset):
     The order depends on the seed alone, so every arm sees the same tokens at the same step.
     """
 
-    def __init__(self, blocks: np.ndarray, number: int, seed: int, mask_token: int | None) -> None:
+    def __init__(self, blocks: np.ndarray, number: int, seed: int, masking: Masking | None) -> None:
         rounds = -(-number // len(blocks))
         shuffled = [np.random.default_rng([seed, i]).permutation(len(blocks)) for i in range(rounds)]
-        self.blocks, self.order, self.seed, self.mask_token = (
-            blocks,
-            np.concatenate(shuffled)[:number],
-            seed,
-            mask_token,
-        )
+        self.blocks, self.order = blocks, np.concatenate(shuffled)[:number]
+        self.seed, self.masking = seed, masking
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         ids = torch.from_numpy(self.blocks[self.order[position]].astype(np.int64))
-        if self.mask_token is None:
+        if self.masking is None:
             return {"input_ids": ids, "labels": ids}
-        chosen = torch.from_numpy(np.random.default_rng([self.seed, position]).random(len(ids)) < MASKED_SHARE)
+        chosen = torch.from_numpy(np.random.default_rng([self.seed, position]).random(len(ids)) < self.masking.share)
         chosen[position % len(ids)] = True  # a block without a masked token has no loss
         return {
-            "input_ids": ids.masked_fill(chosen, self.mask_token),
+            "input_ids": ids.masked_fill(chosen, self.masking.token),
             "labels": ids.masked_fill(~chosen, IGNORED),
         }
 
@@ -274,10 +276,10 @@ class OfDomains(Dataset):
     """The blocks of several domains, shuffled together in the order of `Ordered`; `named` ones say their domain."""
 
     def __init__(
-        self, parts: Mapping[str, np.ndarray], number: int, seed: int, mask_token: int | None, named: bool
+        self, parts: Mapping[str, np.ndarray], number: int, seed: int, masking: Masking | None, named: bool
     ) -> None:
         blocks = np.concatenate(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
-        self.ordered, self.named = Ordered(blocks, number, seed, mask_token), named
+        self.ordered, self.named = Ordered(blocks, number, seed, masking), named
         names = [name for name, rows in parts.items() for _ in range(len(rows))]
         self.domains = [names[block] for block in self.ordered.order]  # in the order of training
 
@@ -289,8 +291,8 @@ class OfDomains(Dataset):
         return {**row, DOMAIN: self.domains[position]} if self.named else row
 
 
-def mask_token_of(tokenizer: PreTrainedTokenizerBase, masked: bool) -> int | None:
-    """The id of the mask token for a masked language model; None for a causal one."""
+def masking_of(tokenizer: PreTrainedTokenizerBase, masked: bool, share: float) -> Masking | None:
+    """For a masked language model; None for a causal one."""
     if masked and tokenizer.mask_token_id is None:
         raise GrowError("a masked language model", "its tokenizer has no mask token", "a tokenizer with one")
-    return tokenizer.mask_token_id if masked else None
+    return Masking(tokenizer.mask_token_id, share) if masked else None

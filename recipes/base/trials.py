@@ -22,8 +22,8 @@ def lab_of(setting: Setting, folder: Path, model: PreTrainedModel) -> tuple[Lab,
     with PartialState().main_process_first():
         corpus = text.prepare(setting.text, None, folder)
     blocks, _ = text.share_text(corpus, setting.text.train_tokens, "same")
-    mask_token = text.mask_token_of(corpus.tokenizer, is_masked(model))
-    return Lab(setting, folder, corpus.tokenizer, {TEXT: corpus.held_out}, mask_token), corpus, blocks
+    masking = text.masking_of(corpus.tokenizer, is_masked(model), setting.text.masked_share)
+    return Lab(setting, folder, corpus.tokenizer, {TEXT: corpus.held_out}, masking), corpus, blocks
 
 
 def step_flops(setting: Setting, model: PreTrainedModel) -> int:
