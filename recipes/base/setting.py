@@ -150,6 +150,16 @@ class Progressive:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """What tokens_per_parameter.py runs: each arm with each number of tokens and each seed."""
+
+    per_parameter: list[float]  # tokens that an arm sees, per parameter of the target
+    small_share: float  # the small model's steps, as a share of an arm's
+    seeds: int  # how many: the setting's seed and the next ones
+    learning_rates: list[float]  # each arm trains at its own best one
+
+
+@dataclass(frozen=True)
 class Setting:
     """Everything that decides the result of a run."""
 
@@ -170,6 +180,7 @@ class Setting:
     teacher: Teacher | None = None  # None: the small model teaches
     when: When | None = None  # None: nothing for when_to_grow.py
     progressive: Progressive | None = None  # None: nothing for progressive_growth.py
+    tokens: Tokens | None = None  # None: nothing for tokens_per_parameter.py
 
     @property
     def tokens_per_step(self) -> int:
