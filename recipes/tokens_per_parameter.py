@@ -29,7 +29,7 @@ from base.horizons import middle, over_seeds, remarks, table, write
 from base.lab import fresh
 from base.reference import NAME, run_reference
 from base.report import show
-from base.setting import Setting, Tokens
+from base.setting import Setting
 from growlib import GrowError
 
 DEFAULT_ARMS = "scratch,weights,knowledge"
@@ -51,25 +51,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def setting_of(options: argparse.Namespace) -> tuple[Setting, Tokens]:
+def setting_of(options: argparse.Namespace) -> Setting:
     """The preset with the command line's overrides."""
     setting = shared.setting_of(options)
-    if setting.tokens is None:
-        raise GrowError(f"preset {setting.preset!r}", "it has no section tokens", "tokens, miniature, or a .toml file")
-    given: dict[str, Any] = {} if options.seeds is None else {"seeds": options.seeds}
-    for name, option in (("per_parameter", "--per-parameter"), ("learning_rates", "--learning-rates")):
-        if (value := getattr(options, name)) is not None:
-            given[name] = sorted(shared.numbers(option, value, float))
-    tokens = dataclasses.replace(setting.tokens, **given)
-    if tokens.seeds < 1:
-        raise GrowError(f"--seeds {tokens.seeds}", "it is below 1", "1 or more")
-    if not (tokens.per_parameter and tokens.learning_rates):
-        asked = f"preset {setting.preset!r}, tokens"
-        raise GrowError(asked, "per_parameter or learning_rates is empty", "at least one of each")
+    tokens = shared.section_of(options, setting, "tokens", "per_parameter", "learning_rates")
     if not tokens.small_share > 0:
         asked = f"preset {setting.preset!r}, tokens, small_share = {tokens.small_share:g}"
         raise GrowError(asked, "the small model would not be trained", "a number above 0")
-    return dataclasses.replace(setting, tokens=tokens), tokens
+    return dataclasses.replace(setting, tokens=tokens)
 
 
 def steps_of(setting: Setting, parameters: int, per_parameter: float) -> int:
@@ -151,7 +140,7 @@ def arms_of(option: str) -> list[str]:
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Prepare, compare, report."""
-    setting, _ = setting_of(options)
+    setting = setting_of(options)
     arms, teachers = arms_of(options.arms), shared.teachers_of(options)
     folder = shared.results_folder(options, setting)
     found: Mapping[str, Any] = compare(setting, folder, arms, teachers)

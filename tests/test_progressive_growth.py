@@ -108,7 +108,7 @@ def test_finished_trainings_are_kept(finished, preset):
         (["--moments", "1"], "before the first step or after the last"),
         (["--moments", "0.01"], "before the first step or after the last"),
         (["--steps", "0"], "too small"),
-        (["--seeds", "0"], "too small"),
+        (["--seeds", "0"], "below 1"),
         (["--rewarm", "-1"], "too small"),
         (["--method", "ligo"], "its map is learned"),
         (["--method", "stack"], "grows depth only"),
