@@ -150,6 +150,28 @@ class Progressive:
 
 
 @dataclass(frozen=True)
+class Lifelong:
+    """What lifelong.py runs: a model that learns domain after domain, in several ways."""
+
+    sizes: list[Sizes]  # of the model while it learns each domain
+    replay: float  # the share of a stage's blocks that are of earlier domains
+    learning_rates: list[float]  # of the domains after the first; each way trains at its own best one
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """What downstream.py runs: fine-tunings of each arm's model."""
+
+    packages: int  # of the standard library: the classes
+    length: int  # of a snippet, in tokens
+    train: int  # snippets to fine-tune on
+    judged: int  # snippets that choose the rate, and as many for the accuracy; fewer where there are not so many
+    steps: int
+    batch_size: int
+    learning_rates: list[float]  # each model is fine-tuned at its own best one
+
+
+@dataclass(frozen=True)
 class Setting:
     """Everything that decides the result of a run."""
 
@@ -170,6 +192,8 @@ class Setting:
     teacher: Teacher | None = None  # None: the small model teaches
     when: When | None = None  # None: nothing for when_to_grow.py
     progressive: Progressive | None = None  # None: nothing for progressive_growth.py
+    lifelong: Lifelong | None = None  # None: nothing for lifelong.py
+    downstream: Downstream | None = None  # None: nothing for downstream.py
 
     @property
     def tokens_per_step(self) -> int:
@@ -199,7 +223,9 @@ def load_preset(name: str) -> Setting:
     of_when = [("when, small", sizes) for sizes in setting.when.small] if setting.when else []
     starts = setting.progressive.starts if setting.progressive else {}
     of_progressive = [(f"progressive, starts, {name}", sizes) for name, sizes in starts.items()]
-    every = [("initial", setting.initial), ("target", setting.target), *of_teacher, *of_when, *of_progressive]
+    of_lifelong = [("lifelong, sizes", sizes) for sizes in setting.lifelong.sizes] if setting.lifelong else []
+    inside = [*of_teacher, *of_when, *of_progressive, *of_lifelong]
+    every = [("initial", setting.initial), ("target", setting.target), *inside]
     for name, sizes in every:
         for whole, part in (("hidden", "heads"), ("heads", "kv_heads")):
             size, parts = getattr(sizes, whole), getattr(sizes, part)
