@@ -1,6 +1,6 @@
 """A stream of domains: a model grows and learns one after the other. What does it forget, and what keeps it?
 
-    python recipes/lifelong.py --seeds 3             # one CPU core, TIME
+    python recipes/lifelong.py --seeds 3             # one CPU core, 2 minutes a seed
     python recipes/lifelong.py --preset miniature    # seconds, for CI; its numbers mean nothing
 
 The domains: Python code without docstrings, the prose of docstrings, the C++ headers of torch. The model learns the
