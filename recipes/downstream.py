@@ -1,6 +1,6 @@
 """Does a lower held-out loss become a higher accuracy? Four pre-trainings, fine-tuned on two tasks.
 
-    python recipes/downstream.py --seeds 3             # one CPU core, TIME
+    python recipes/downstream.py --seeds 3             # one CPU core, 3 minutes a seed
     python recipes/downstream.py --preset miniature    # seconds, for CI; its numbers mean nothing
 
 The arms of ki_plus_growth.py (from scratch, grown, taught, both; as many steps each) and the same sizes never

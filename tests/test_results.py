@@ -19,6 +19,7 @@ TABLES = {
     "after/after-4e-3.json": lambda content: study.table(content["results"]),
     "lifelong/lifelong.json": lambda content: study.table(content["results"]),
     "lifelong/rates.json": lambda content: study.table(content["results"]),
+    "downstream/downstream.json": lambda content: study.table(content["results"]),
 }
 
 
