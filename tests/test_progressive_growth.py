@@ -7,8 +7,8 @@ import pytest
 
 import progressive_growth as recipe
 from base.moments import remarks, table
+from base.presets import load_preset
 from base.report import as_markdown
-from base.setting import load_preset
 
 PRESET = (
     'extends = "miniature"\nmethod = "lossless"\n[text]\nmax_bytes = 150_000\n[training]\nsteps = 8\nwarmup_steps = 1\n'

@@ -9,7 +9,8 @@ from typing import Any
 from base.command import say
 from base.comparison import ARMS, Target
 from base.models import MODELS, model_row
-from base.setting import Setting, load_preset, presets
+from base.presets import load_preset, presets
+from base.setting import Setting
 from base.store import open_folder
 from growlib import GrowError, KIConfig, methods
 from growlib.ki import SCHEDULES
