@@ -8,7 +8,7 @@ The small model gets a share of the steps that the arms get, so it is trained in
 model trained on for the FLOPs of the costliest arm, sees so many tokens per parameter of the target. Each arm trains
 at its own best learning rate: the first seed tries all of the preset's at the middle number, and the lowest loss at
 the end wins. OUT gets tokens.json, tokens.png and tokens.md. Finished trainings stay there too, and the next run uses
-them. Expected result: docs/results/tokens.md.
+them. Expected result: none yet.
 """
 
 import argparse
