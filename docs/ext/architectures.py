@@ -27,7 +27,7 @@ from growlib.architectures.schema import EXACT, Architecture, Growth, Verdict
 from growlib.errors import GrowError
 from growlib.inference import verified
 
-PATIENCE = 240  # seconds of processor time per type: on a busy machine a verdict takes longer, and is the same
+PATIENCE = 240  # seconds of processor time per type, whatever else the machine does
 GROWTHS: dict[str, list[Growth]] = {
     "hidden ×2": [Growth("hidden", "x2")],
     "hidden ×1.5": [Growth("hidden", "x1.5")],
