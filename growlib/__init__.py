@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for the type checker, which does not run __getattr__
     from growlib.origin import Origin
     from growlib.record import GrowthRecord
     from growlib.streaming import expand_checkpoint
+    from growlib.tensor_check import TensorCheck, verify_tensors
     from growlib.training import EntryRates, Rewarm, freeze_old, mup_groups
     from growlib.training_checkpoint import expand_training_checkpoint
     from growlib.verification import Verification, verify
@@ -38,6 +39,7 @@ _PLACES = {
     "Method": "operators",
     "Origin": "origin",
     "Rewarm": "training",
+    "TensorCheck": "tensor_check",
     "Verification": "verification",
     "cache_teacher": "ki",
     "expand": "growth",
@@ -52,6 +54,7 @@ _PLACES = {
     "plan": "growth",
     "register": "operators",
     "verify": "verification",
+    "verify_tensors": "tensor_check",
 }
 __all__ = ["ki", *_PLACES]
 

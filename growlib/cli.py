@@ -78,6 +78,8 @@ def _parser() -> Parser:
     command.add_argument("source", help="the small model: a folder or a hub id")
     command.add_argument("grown", help="the grown model: a folder or a hub id")
     command.add_argument("--streaming", action="store_true", help="layer by layer from disk: for models of any size")
+    sampled = "make so many tensors again from the source and the plan, and compare them with the files; runs no model"
+    command.add_argument("--tensors", type=int, metavar="N", help=sampled)
     command = _command(commands, "methods", "the growth methods")
     command.add_argument("--bibtex", action="store_true", help="their sources as BibTeX")
     command = _command(commands, "families", "the model types with a table, and the inference of others")

@@ -34,6 +34,7 @@ from growlib.parts import towers
 from growlib.progress import progress_bar
 from growlib.show import WIDTH, table
 from growlib.streaming import write_grown
+from growlib.tensor_check import verify_tensors
 from growlib.training import starting_rate
 from growlib.verification import verify as compare
 
@@ -165,6 +166,13 @@ def _setting(option: str, text: str) -> tuple[str, Any]:
 
 
 def verify(options: argparse.Namespace) -> int:
+    if options.tensors is not None:
+        if options.streaming:
+            wrong = "--tensors runs no model, so there is nothing to stream"
+            raise GrowError(f"growlib verify --streaming --tensors {options.tensors}", wrong, "one of the two")
+        checked = verify_tensors(options.source, options.grown, options.tensors)
+        print(checked)
+        return 0 if checked.same else 1
     measured = compare(options.source, options.grown, streaming=options.streaming)
     print(measured)
     return {"exact": 0, "NOT exact": 1, "cannot tell": UNCHECKED}[measured.verdict]

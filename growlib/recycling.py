@@ -20,7 +20,7 @@ class Recycled:
 
     def __init__(self) -> None:
         self._left: list[Tensor] = []  # uint8 [bytes], the oldest first
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is taken; what comes back is only appended
 
     def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """As `torch.empty`, but a large tensor cannot be resized."""
@@ -34,11 +34,9 @@ class Recycled:
 
     def _taken(self, size: int) -> Tensor:
         with self._lock:
-            fitting = [memory for memory in self._left if size <= len(memory) <= 2 * size]
+            fitting = [i for i, memory in enumerate(self._left) if size <= len(memory) <= 2 * size]
             if fitting:
-                best = min(fitting, key=len)
-                self._left[:] = [memory for memory in self._left if memory is not best]
-                return best
+                return self._left.pop(min(fitting, key=lambda i: len(self._left[i])))
             while self._left and sum(map(len, self._left)) + size > KEPT:
                 self._left.pop(0)
         return torch.empty(size, dtype=torch.uint8)

@@ -105,6 +105,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--turns", type=int, default=2, help="of growing and cp (default: %(default)s)")
     parser.add_argument("--shard", type=int, default=10**9, help="bytes of a file (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.turns < 1:
+        parser.error(f"--turns {options.turns}: at least one is needed")
     folder = options.folder
     shutil.rmtree(folder, ignore_errors=True)
     try:

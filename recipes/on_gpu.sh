@@ -3,6 +3,7 @@
 #
 #     recipes/on_gpu.sh OUT tests 300m 1b 8b-head small scratch weights knowledge both
 #     recipes/on_gpu.sh OUT small-20 scratch-20 weights-20 knowledge-20 both-20      # of preset gpu-20
+#     recipes/on_gpu.sh OUT tokens-20      # the same at 2, 5, 10 and 20 tokens per parameter
 #
 # Hardware: one data-centre GPU. Seconds on one H100: tests 35. A benchmark begins no new round after 100 s; before it had
 # this limit, 300m took 140 (with more steps) and 1b over 150. Not measured: 8b-head, the arms (a compiled arm begins
@@ -21,6 +22,7 @@ part() {
         300m | 1b | 8b-head) python recipes/bench_ki.py --sizes "$1" --limit 100 --out "$out/bench-$1.json" ;;
         small) arms gpu none ;;
         small-20) arms gpu-20 none ;;
+        tokens-20) python recipes/tokens_per_parameter.py --preset gpu-20 --out "$out/gpu-20" ;;
         *-20) arms gpu-20 "${1%-20}" ;;
         *) arms gpu "$1" ;;
     esac

@@ -115,21 +115,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def setting_of(options: argparse.Namespace) -> Setting:
     """The preset with the command line's overrides."""
     setting = shared.setting_of(options)
-    if setting.progressive is None:
-        asked = f"preset {setting.preset!r}"
-        raise GrowError(asked, "it has no section progressive", "progressive, miniature, or a .toml file")
-    given: dict[str, Any] = {n: v for n in ("seeds", "rewarm") if (v := getattr(options, n)) is not None}
-    for name, option in (("moments", "--moments"), ("learning_rates", "--learning-rates")):
-        if (value := getattr(options, name)) is not None:
-            given[name] = sorted(shared.numbers(option, value, float))
-    progressive = dataclasses.replace(setting.progressive, **given)
+    progressive = shared.section_of(options, setting, "progressive", "moments", "learning_rates")
+    if options.rewarm is not None:
+        progressive = dataclasses.replace(progressive, rewarm=options.rewarm)
     steps = setting.training.steps if options.steps is None else options.steps
-    asked = f"--seeds {progressive.seeds} --steps {steps} --rewarm {progressive.rewarm}"
-    if progressive.seeds < 1 or steps < 1 or progressive.rewarm < 0:
+    if steps < 1 or progressive.rewarm < 0:
+        asked = f"--steps {steps} --rewarm {progressive.rewarm}"
         raise GrowError(asked, "one of them is too small", "1 or more; --rewarm 0 or more")
-    if not (progressive.starts and progressive.learning_rates and progressive.moments):
-        asked = f"preset {setting.preset!r}, progressive"
-        raise GrowError(asked, "starts, learning_rates or moments is empty", "at least one of each")
+    if not progressive.starts:
+        raise GrowError(f"preset {setting.preset!r}, progressive", "starts is empty", "at least one way to the target")
     if not all(0 < moment < 1 and 0 < round(moment * steps) < steps for moment in progressive.moments):
         asked = f"moments {', '.join(f'{moment:g}' for moment in progressive.moments)} of {steps} steps"
         raise GrowError(asked, "the model would grow before the first step or after the last", "shares between 0 and 1")

@@ -107,19 +107,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def setting_of(options: argparse.Namespace) -> Setting:
     """The preset with the command line's overrides."""
     setting = shared.setting_of(options)
-    if setting.when is None:
-        raise GrowError(f"preset {setting.preset!r}", "it has no section when", "when, miniature, or a .toml file")
-    given: dict[str, Any] = {} if options.seeds is None else {"seeds": options.seeds}
-    for name, option in (("shares", "--shares"), ("learning_rates", "--learning-rates")):
-        if (value := getattr(options, name)) is not None:
-            given[name] = sorted(shared.numbers(option, value, float))
-    when = dataclasses.replace(setting.when, **given)
+    when = shared.section_of(options, setting, "when", "shares", "learning_rates")
     steps = setting.training.steps if options.steps is None else options.steps
-    if when.seeds < 1 or steps < 1:
-        raise GrowError(f"--seeds {when.seeds} --steps {steps}", "one of them is below 1", "1 or more")
-    if not (when.small and when.learning_rates):
-        asked = f"preset {setting.preset!r}, when"
-        raise GrowError(asked, "small or learning_rates is empty", "at least one of each")
+    if steps < 1:
+        raise GrowError(f"--steps {steps}", "it is below 1", "1 or more")
+    if not when.small:
+        raise GrowError(f"preset {setting.preset!r}, when", "small is empty", "at least one small model")
     if not all(0 < share <= NEVER for share in when.shares) or not grown_shares(when.shares):
         asked = f"shares {', '.join(f'{share:g}' for share in when.shares)}"
         raise GrowError(asked, "they are no shares of a budget", "numbers above 0, up to 1, one of them below 1")

@@ -9,7 +9,7 @@ from tiny import tiny
 
 import growlib
 from base.aids import Aid
-from base.setting import load_preset
+from base.presets import load_preset
 from base.text import OfDomains, Ordered, train_tokenizer
 from base.training import train
 from growlib import Origin

@@ -24,7 +24,7 @@ from base.domains import code_and_prose, split
 from base.job import Job, place
 from base.lab import Lab, fresh
 from base.measure import peak_bytes
-from base.setting import load_preset
+from base.presets import load_preset
 from base.start import Checkpoint, Continued, Grown
 from base.text import Masking, train_tokenizer
 from growlib import GrowError, GrowthSchedule, Rewarm

@@ -7,8 +7,8 @@ import pytest
 
 import progressive_growth as recipe
 from base.moments import remarks, table
+from base.presets import load_preset
 from base.report import as_markdown
-from base.setting import load_preset
 
 PRESET = (
     'extends = "miniature"\nmethod = "lossless"\n[text]\nmax_bytes = 150_000\n[training]\nsteps = 8\nwarmup_steps = 1\n'
@@ -108,7 +108,7 @@ def test_finished_trainings_are_kept(finished, preset):
         (["--moments", "1"], "before the first step or after the last"),
         (["--moments", "0.01"], "before the first step or after the last"),
         (["--steps", "0"], "too small"),
-        (["--seeds", "0"], "too small"),
+        (["--seeds", "0"], "below 1"),
         (["--rewarm", "-1"], "too small"),
         (["--method", "ligo"], "its map is learned"),
         (["--method", "stack"], "grows depth only"),

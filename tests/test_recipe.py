@@ -17,7 +17,7 @@ from base.command import STOPPED
 from base.comparison import ARMS
 from base.flops import flops_saved, flops_to_reach, forward_flops
 from base.models import MODELS
-from base.setting import load_preset, presets
+from base.presets import load_preset, presets
 from base.text import Ordered, read_files
 from growlib import GrowError
 
@@ -216,8 +216,9 @@ def test_every_preset_loads(name):
 
 
 def test_there_are_presets():
+    of_recipes = {"bert", "downstream", "lifelong", "methods", "progressive", "tokens", "when"}
     of_demo = {"demo", "demo-little-data", "demo-long", "demo-teacher"}
-    assert set(presets()) == {*of_demo, "gpu", "gpu-20", "methods", "miniature", "progressive", "when"}
+    assert set(presets()) == {*of_demo, *of_recipes, "gpu", "gpu-20", "miniature"}
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from base import report
 from base.flops import forward_flops, training_flops
 from base.known import differences
 from base.library import load_checkpoint
+from base.presets import load_preset
 from base.reference import NAME, against_the_better
-from base.setting import load_preset
 from base.text import train_tokenizer
 from growlib import GrowError
 

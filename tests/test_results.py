@@ -17,6 +17,9 @@ TABLES = {
     "progressive/progressive.json": moments.table,
     "after/after.json": lambda content: study.table(content["results"]),
     "after/after-4e-3.json": lambda content: study.table(content["results"]),
+    "lifelong/lifelong.json": lambda content: study.table(content["results"]),
+    "lifelong/rates.json": lambda content: study.table(content["results"]),
+    "downstream/downstream.json": lambda content: study.table(content["results"]),
 }
 
 

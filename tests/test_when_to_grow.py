@@ -11,8 +11,8 @@ from test_recipe import files_of
 import base.job
 import when_to_grow as recipe
 from base.command import STOPPED
+from base.presets import load_preset
 from base.report import as_markdown
-from base.setting import load_preset
 from base.shares import remarks, table
 
 DOCS = Path(__file__).parent.parent / "docs"

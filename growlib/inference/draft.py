@@ -258,22 +258,16 @@ def vectors(given: Tensor, dim: Dim, width: int) -> set[bytes]:
     return probe.rows(given.reshape(*given.shape[:-1], width, -1).transpose(-1, -2))
 
 
+NUMBER = re.compile(r"(?<=[._])\d+(?=\.)")  # of an expert, as in `expert_2.fc1.`; the 1 of fc1 is a part of its name
+
+
 def as_their_like(state: Draft) -> None:
     """Maps of which nothing was seen, such as those of an expert that no token was sent to, are what their like are."""
     keys = dict.fromkeys(state.key(n) for n, module in state.model.named_modules() if probe.is_linear(module))
     known = {key for key in keys if key in state.outputs or key in state.inputs}
-    likes = {re.sub(r"\d+", "#", key): key for key in known}
+    likes = {NUMBER.sub("#", key): key for key in known}
     for key in keys:
-        like = likes.get(re.sub(r"\d+", "#", key))
+        like = likes.get(NUMBER.sub("#", key))
         for kind in ("weight", "bias"):
             if like and key not in known and f"{key}{kind}" in state.rows and f"{like}{kind}" in state.rows:
                 state.rows[f"{key}{kind}"] = state.rows[f"{like}{kind}"]
-
-
-def looks_up(state: Draft, name: str, module: nn.Module) -> bool:
-    """Whether a module of a class of its own puts out rows of its matrix, by numbers: an embedding."""
-    own = list(module.parameters(recurse=False))
-    written = state.seen.outputs.get(name)
-    if len(own) != 1 or own[0].ndim != 2 or written is None or name in state.seen.inputs:
-        return False
-    return written.shape[-1] == own[0].shape[1] and probe.rows(written) <= probe.rows(own[0].detach())

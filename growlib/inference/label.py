@@ -22,7 +22,6 @@ from growlib.inference.draft import (
     is_branch,
     is_hidden,
     is_post_norm,
-    looks_up,
     merged,
     norm_after,
     norm_before,
@@ -223,7 +222,7 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
         return _norm_layout(state, name, kind, shape)
     if probe.is_linear(module):
         return _linear_layout(state, name, module, kind)
-    if isinstance(module, nn.Embedding) or looks_up(state, name, module):
+    if isinstance(module, nn.Embedding):
         if state.is_elsewhere(name):
             return (replace(FIXED, side="read"), _dim(state, shape[1], "write"))
         return (Dim(((_lookup(state, name, shape[0]),),), "read"), _dim(state, shape[1], "write", heads=True))

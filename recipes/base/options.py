@@ -9,7 +9,8 @@ from typing import Any
 from base.command import say
 from base.comparison import ARMS, Target
 from base.models import MODELS, model_row
-from base.setting import Setting, load_preset, presets
+from base.presets import load_preset, presets
+from base.setting import Setting
 from base.store import open_folder
 from growlib import GrowError, KIConfig, methods
 from growlib.ki import SCHEDULES
@@ -103,6 +104,29 @@ def setting_of(options: argparse.Namespace) -> Setting:
     if setting.seed < 0:
         raise GrowError(f"--seed {setting.seed}", "it is negative", "0 or more")
     return setting
+
+
+def section_of(options: argparse.Namespace, setting: Setting, name: str, *lists: str) -> Any:
+    """A section of the preset with the command line's overrides: how many seeds, and lists of numbers, in order.
+
+    Raises:
+        GrowError: the preset has no such section, a list is empty, or there is no seed.
+    """
+    found = getattr(setting, name)
+    if found is None:
+        raise GrowError(
+            f"preset {setting.preset!r}", f"it has no section {name}", f"{name}, miniature, or a .toml file"
+        )
+    given = _given(options, "seeds")
+    for one in lists:
+        if (value := getattr(options, one)) is not None:
+            given[one] = sorted(numbers(f"--{one.replace('_', '-')}", value, float))
+    section = dataclasses.replace(found, **given)
+    if section.seeds < 1:
+        raise GrowError(f"--seeds {section.seeds}", "it is below 1", "1 or more")
+    if not all(getattr(section, one) for one in lists):
+        raise GrowError(f"preset {setting.preset!r}, {name}", f"{' or '.join(lists)} is empty", "at least one of each")
+    return section
 
 
 def _given(options: argparse.Namespace, *names: str, **renamed: str) -> dict[str, Any]:

@@ -83,13 +83,29 @@ def draw_shares(
     _save(figure, path)
 
 
-def _new(across: str) -> tuple[Any, Any]:
+def draw_horizons(path: Path, lines: Mapping[str, Mapping[float, Spread]], across: str) -> None:
+    """The difference of each arm's loss to scratch against the length of training, with the seeds' deviation."""
+    figure, axes = _new(across, "held-out loss less that of scratch, nats per token")
+    for name, differences in lines.items():
+        means, spreads = zip(*((one["mean"], one["deviation"] or 0.0) for one in differences.values()), strict=True)
+        axes.errorbar(
+            list(differences), means, spreads, label=name, marker="o", markersize=3, capsize=3, **style_of(name)
+        )
+    axes.axhline(0.0, **FIXED["scratch"], linewidth=0.8, label="scratch")
+    axes.set_xscale("log")
+    axes.set_xticks(list(next(iter(lines.values()))), [f"{at:g}" for at in next(iter(lines.values()))])
+    axes.minorticks_off()
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _new(across: str, up: str = "held-out loss, nats per token") -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot(xlabel=across, ylabel="held-out loss, nats per token")
+    return figure, figure.add_subplot(xlabel=across, ylabel=up)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -10,8 +10,9 @@ from accelerate import PartialState
 
 from base.command import environment, guarded, say
 from base.options import parser_of
+from base.presets import load_preset
 from base.report import as_markdown, as_text, mean_and_deviation, shown
-from base.setting import Setting, load_preset
+from base.setting import Setting
 from base.store import open_folder, write_json, write_text
 from growlib import GrowError
 
@@ -20,15 +21,17 @@ OneSeed = Callable[[Setting, Path], Rows]
 Results = Mapping[str, Mapping[str, list[float]]]  # row -> column -> by seed
 
 
-def main(doc: str | None, title: str, one_seed: OneSeed, arguments: list[str] | None) -> int:
+def main(doc: str | None, title: str, one_seed: OneSeed, arguments: list[str] | None, *, preset: str = "demo") -> int:
     """A recipe that is a study; the exit code.
 
     Args:
         doc: its help.
         one_seed: the trainings with the seed of a setting, whose models are kept in a folder.
+        preset: where the command line names none.
     """
     parser = parser_of(doc)
-    parser.add_argument("--preset", default="demo", help="a name in recipes/presets, or a .toml file (default: demo)")
+    named = f"a name in recipes/presets, or a .toml file (default: {preset})"
+    parser.add_argument("--preset", default=preset, help=named)
     parser.add_argument("--seed", type=int, help="the first seed (default: the preset's)")
     parser.add_argument("--seeds", type=int, default=1, help="how many (default: 1)")
     parser.add_argument("--out", type=Path, help="folder of models and results (default: runs/RECIPE-PRESET)")

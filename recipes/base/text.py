@@ -71,26 +71,26 @@ def read_files(source: str) -> list[str]:
     """
     asked = f"the text {source}"
     if source == "stdlib":
-        files = dict(_python_files(Path(sysconfig.get_path("stdlib"))))
+        files = dict(python_files(Path(sysconfig.get_path("stdlib"))))
     elif source == "environment":
         roots = [Path(sysconfig.get_path("stdlib")), *map(Path, site.getsitepackages())]
-        files = {f"{i}/{name}": path for i, root in enumerate(roots) for name, path in _python_files(root)}
+        files = {f"{i}/{name}": path for i, root in enumerate(roots) for name, path in python_files(root)}
     else:
         root = Path(source)
         if not root.exists():
             raise GrowError(asked, "there is no such file or folder", "the path of a file or folder of text")
         if root.is_file():
-            lines = (_read(root) or "").splitlines(keepends=True)
+            lines = (read_utf8(root) or "").splitlines(keepends=True)
             return _shuffled((str(i), "".join(lines[i : i + PIECE_LINES])) for i in range(0, len(lines), PIECE_LINES))
         names = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
         files = {name: path for name, path in names.items() if not any(p.startswith(".") for p in name.split("/"))}
-    texts = _shuffled((name, text) for name, path in files.items() if (text := _read(path)))
+    texts = _shuffled((name, text) for name, path in files.items() if (text := read_utf8(path)))
     if not texts:
         raise GrowError(asked, "it holds no file of UTF-8 text", "a file or folder of text")
     return texts
 
 
-def _python_files(root: Path) -> Iterator[tuple[str, Path]]:
+def python_files(root: Path) -> Iterator[tuple[str, Path]]:
     """The library's own sources: no packages installed below it, no tests, no data in the form of Python."""
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
@@ -98,7 +98,8 @@ def _python_files(root: Path) -> Iterator[tuple[str, Path]]:
             yield "/".join(parts), path
 
 
-def _read(path: Path) -> str | None:
+def read_utf8(path: Path) -> str | None:
+    """A file's text; None where it is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):  # an old encoding, a binary file, a broken link

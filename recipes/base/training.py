@@ -91,7 +91,7 @@ def train(
         broadcast_object_list(folder)
 
         def make_trainer(model: PreTrainedModel) -> Trainer:
-            arguments = _arguments(training, steps, learning_rate, seed, folder[0])
+            arguments = arguments_of(training, steps, learning_rate, seed, folder[0])
             callbacks, optimizer = aid.prepare(model, training, learning_rate) if aid else ([], None)
             trainer = _trainer(model, arguments, train_blocks, held_out_blocks, tokenizer, ki, optimizer)
             for callback in (*callbacks, curve):
@@ -118,7 +118,7 @@ def evaluate(
 ) -> float:
     """The held-out loss of a model as it is."""
     with tempfile.TemporaryDirectory() as unused:
-        trainer = _trainer(model, _arguments(training, 1, 0.0, 0, unused), None, held_out_blocks, tokenizer, None)
+        trainer = _trainer(model, arguments_of(training, 1, 0.0, 0, unused), None, held_out_blocks, tokenizer, None)
         return trainer.evaluate()["eval_loss"]
 
 
@@ -145,7 +145,12 @@ def _trainer(
     return trainer
 
 
-def _arguments(training: Training, steps: int, learning_rate: float, seed: int, folder: str) -> TrainingArguments:
+def arguments_of(training: Training, steps: int, learning_rate: float, seed: int, folder: str) -> TrainingArguments:
+    """The Trainer's arguments for sequences in their own order.
+
+    Raises:
+        GrowError: the machine cannot train so.
+    """
     devices = PartialState().num_processes
     at_once = min(training.device_batch_size, training.batch_size // devices)
     if at_once == 0 or training.batch_size % (devices * at_once):
