@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from growlib.operators import Method
 from growlib.parts import beside, flat, text_of, value_of
 from growlib.reasons import EffectOf, of_architecture, of_config
 
+PLACES = re.compile(r"(^|\.)(image|patch)_size$")  # they say how many positions an image has
 Maps = Mapping[str, AxisMap]
 Layers = Mapping[str, LayerMap]
 
@@ -340,8 +342,19 @@ def _check_shapes(request: Request, tensors: tuple[TensorPlan, ...], maps: Maps)
             if request.table.proven is None:
                 valid = f"{right}, by config and table"
                 raise GrowError(request.asked, f"{made.name} has the shape {shape}", valid)
-            wrong = f"{made.name} would change from {made.old_shape} to {shape}, and inference cannot tell how"
+            wrong = f"{made.name} would change from {made.old_shape} to {shape}, {_why_new(request, made.name)}"
             raise GrowError(request.asked, wrong, f"sizes that leave it {right}, or a table in growlib/architectures")
+
+
+def _why_new(request: Request, name: str) -> str:
+    """Why a tensor of another shape has no plan: it holds more places of an image, or no table says what it holds."""
+    before, after = flat(request.source.config), flat(request.target.config)
+    known = request.table.size_fields()
+    places = [f for f in after if PLACES.search(f) and f not in known and before.get(f) != after[f]]
+    if not places or "pos" not in name:
+        return "and inference cannot tell how"
+    changes = " and ".join(f"{field} {before.get(field)} -> {after[field]}" for field in places)
+    return f"for {changes}: the number of positions follows from it, and new ones have no values to come from"
 
 
 def _check_all_used(request: Request, layers: Layers, tensors: tuple[TensorPlan, ...]) -> None:

@@ -169,7 +169,7 @@ def test_a_tower_that_runs_on_nothing_that_can_be_made_is_refused():
 
 
 TOWER_FAULTS = {
-    "the number of patches": ({"image_size": 32}, "position_embedding.weight would change from"),
+    "the number of patches": ({"image_size": 32}, "image_size 16 -> 32: the number of positions follows from it"),
     "a smaller tower": ({"num_hidden_layers": 1}, "num_hidden_layers 2 -> 1"),
     "fewer units": ({"intermediate_size": 20}, "intermediate_size 28 -> 20"),
     "no such field": ({"num_layers": 4}, "vision_config has no field 'num_layers'"),

@@ -1,6 +1,8 @@
 """docs/architectures.md: the verdict on every model type of transformers that can be built at tiny size.
 
-    python docs/ext/architectures.py docs/architectures.md
+    python docs/ext/architectures.py docs/architectures.md [TYPE ...]
+
+With types, only those are looked at, and the rest of the page stays.
 
 Verdicts are cached: two processes that looked at half of the types each took 14 minutes on 2 cores with other work on
 them, and this command then 10, most of them for types without a table, which are looked at again.
@@ -10,6 +12,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -24,7 +27,7 @@ from growlib.architectures.schema import EXACT, Architecture, Growth, Verdict
 from growlib.errors import GrowError
 from growlib.inference import verified
 
-PATIENCE = 120  # seconds per type
+PATIENCE = 240  # seconds of processor time per type, whatever else the machine does
 GROWTHS: dict[str, list[Growth]] = {
     "hidden ×2": [Growth("hidden", "x2")],
     "hidden ×1.5": [Growth("hidden", "x1.5")],
@@ -35,6 +38,17 @@ GROWTHS: dict[str, list[Growth]] = {
     "vocabulary": [Growth("vocab", "x1.5")],
 }
 MARKS = {"exact": "●", "inexact": "◐", "refused": "○", None: "–"}
+HEAD = """# What is exact for which
+
+Written by `python docs/ext/architectures.py docs/architectures.md` with transformers {transformers} and \
+torch {torch}. Do not edit it. How it is found: [any architecture](inference.md).
+
+Of {types} causal, masked, sequence-to-sequence and image types, {tables} have a table: {written} are written by hand, \
+the others inferred from the type's default config. A tiny model of each, with every parameter random, was grown along \
+each size. Exact were: {exact}.
+
+● exact · ◐ inexact · ○ refused · – no such size
+"""
 MAPPINGS = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -58,13 +72,15 @@ def proven(model_type: str) -> Architecture:
     def late(signum: int, frame: FrameType | None) -> None:
         raise OutOfTime
 
-    previous = signal.signal(signal.SIGALRM, late)
-    signal.alarm(PATIENCE)
+    previous = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE)
     try:
         config = CONFIG_MAPPING[model_type]()
         return verified(config)
     except OutOfTime as error:
-        raise GrowError(f"inferring {model_type}", f"it took more than {PATIENCE} s", "a table") from error
+        raise GrowError(
+            f"inferring {model_type}", f"it took more than {PATIENCE} s of processor time", "a table"
+        ) from error
     except GrowError:
         raise
     except Exception as error:  # whatever a default config raises
@@ -72,8 +88,8 @@ def proven(model_type: str) -> Architecture:
             f"inferring {model_type}", f"its default config cannot be built: {error}", "a config"
         ) from error
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
 
 
 def depth(table: Architecture) -> Verdict:
@@ -103,60 +119,76 @@ def mark(verdict: Verdict | None) -> str:
     return MARKS[None if verdict is None else verdict.kind]
 
 
-def lines(types: list[str]) -> Iterator[str]:
-    """The document."""
-    tables: dict[str, dict[str, Verdict | None]] = {}
-    refused: dict[str, str] = {}
-    for name in tqdm(types, desc="types"):
+@dataclass
+class Page:
+    """The document: for each type with a table its marks, and why not where one is not exact; or why it has none."""
+
+    marks: dict[str, list[str]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Page":
+        """The page that is there. Raises GrowError where it is none."""
+        table, _, rest = path.read_text().partition("\n## Why not\n")
+        rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+        whys, no_table = ([line for line in part.splitlines() if line] for part in rest.split("\n## No table\n"))
+        listed = [dict(line.removeprefix("- **").split("**: ", 1) for line in part) for part in (whys, no_table)]
+        return cls({name: marks for name, *marks in rows}, *listed)
+
+    def look_at(self, name: str) -> None:
+        """Find the verdicts on a type, in place of what the page said."""
+        for part in (self.marks, self.reasons, self.refused):
+            part.pop(name, None)
         try:
-            tables[name] = verdicts(proven(name))
+            shown = verdicts(proven(name))
         except GrowError as error:
-            refused[name] = error.wrong
-    columns = ["depth", *GROWTHS]
-    yield from _head(tables, refused, columns)
-    yield f"| type | {' | '.join(columns)} |"
-    yield "|---" + "|:-:" * len(columns) + "|"
-    for name, shown in sorted(tables.items()):
-        yield f"| {name} | {' | '.join(mark(shown[column]) for column in columns)} |"
-    yield "\n## Why not\n"
-    for name, shown in sorted(tables.items()):
+            self.refused[name] = _short(error.wrong)
+            return
+        self.marks[name] = [mark(verdict) for verdict in shown.values()]
         reasons: dict[str, list[str]] = {}
         for column, verdict in shown.items():
             if verdict and not verdict.exact:
                 reasons.setdefault(_short(verdict.why), []).append(column)
         if reasons:
-            yield f"- **{name}**: " + "; ".join(f"{', '.join(where)}: {why}" for why, where in reasons.items())
-    yield "\n## No table\n"
-    yield from (f"- **{name}**: {_short(why)}" for name, why in sorted(refused.items()))
+            self.reasons[name] = "; ".join(f"{', '.join(where)}: {why}" for why, where in reasons.items())
 
-
-def _head(tables: dict[str, dict[str, Verdict | None]], refused: dict[str, str], columns: list[str]) -> Iterator[str]:
-    yield "# What is exact for which\n"
-    yield (
-        f"Written by `python docs/ext/architectures.py docs/architectures.md` with transformers "
-        f"{version('transformers')} and torch {version('torch')}. Do not edit it. How it is found: "
-        f"[any architecture](inference.md).\n"
-    )
-    yield (
-        f"Of {len(tables) + len(refused)} causal, masked, sequence-to-sequence and image types, {len(tables)} have a "
-        f"table: {len(families())} are written by hand, the others inferred from the type's default config. "
-        "A tiny model of each, with every parameter random, was grown along each size. Exact were: "
-        + ", ".join(f"{column} {sum(shown[column] == EXACT for shown in tables.values())}" for column in columns)
-        + ".\n"
-    )
-    yield "● exact · ◐ inexact · ○ refused · – no such size\n"
+    def lines(self) -> Iterator[str]:
+        columns = ["depth", *GROWTHS]
+        counts = [sum(marks[i] == MARKS["exact"] for marks in self.marks.values()) for i in range(len(columns))]
+        exact = ", ".join(f"{column} {count}" for column, count in zip(columns, counts, strict=True))
+        yield HEAD.format(
+            transformers=version("transformers"),
+            torch=version("torch"),
+            types=len(self.marks) + len(self.refused),
+            tables=len(self.marks),
+            written=len(families()),
+            exact=exact,
+        )
+        yield f"| type | {' | '.join(columns)} |"
+        yield "|---" + "|:-:" * len(columns) + "|"
+        yield from (f"| {name} | {' | '.join(marks)} |" for name, marks in sorted(self.marks.items()))
+        yield "\n## Why not\n"
+        yield from (f"- **{name}**: {why}" for name, why in sorted(self.reasons.items()))
+        yield "\n## No table\n"
+        yield from (f"- **{name}**: {why}" for name, why in sorted(self.refused.items()))
 
 
 def _short(why: str) -> str:
     text = " ".join(why.split()).replace("|", "/")
-    return (text if len(text) <= 160 else text[:157] + "...").replace("<", "&lt;")
+    return (text if len(text) <= 200 else text[:197] + "...").replace("<", "&lt;")
 
 
 def main(path: Path, types: list[str]) -> None:
-    """Write the document."""
+    """Write the document; with types, look at those alone and keep the rest of the page that is there."""
     transformers.logging.set_verbosity_error()
     logging.captureWarnings(True)
-    path.write_text("\n".join(lines(types or model_types())) + "\n")
+    page = Page.read(path) if types and path.exists() else Page()
+    for name in tqdm(types or model_types(), desc="types"):
+        page.look_at(name)
+        if types:
+            path.write_text("\n".join(page.lines()) + "\n")
+    path.write_text("\n".join(page.lines()) + "\n")
 
 
 if __name__ == "__main__":

@@ -158,7 +158,8 @@ def why_not(
 def _own_source() -> bytes:
     """The code that infers and verifies: another growlib may come to another verdict."""
     package = Path(__file__).parents[1]
-    return b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")) if "ki" not in path.parts)
+    files = sorted((*package.rglob("*.py"), *package.glob("inference/*.toml")))
+    return b"".join(path.read_bytes() for path in files if "ki" not in path.parts)
 
 
 def _examined(model_class: type[PreTrainedModel], small: PreTrainedConfig, part: str) -> Architecture:
@@ -237,7 +238,7 @@ def _first_exact(
         field = candidate.axes[axis].size.split()[0]
         size = value_of(model.config, field)
         fields = {} if size is None else {field: 2 * size}
-        fields |= followers(candidate, model.config, fields, heads=axis == "hidden")
+        fields |= followers(candidate, model.config, fields, heads=axis in ("hidden", "experts"))
         grew, verdict, _ = trial(candidate, model, fields)
         if verdict.exact and Growth(axis, "x2") not in grew:
             verdict = Verdict("refused", "it did not grow")

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -82,8 +83,9 @@ class Draft:
             if self.sizes.setdefault(full, size) == size:
                 self.roles.setdefault(full, role)
                 self.hints.setdefault(full, HINTS.get(name, name))
-                if len(self.stacks) > 1:
-                    word = re.split(r"\W", (stack or self.stacks[0]).block)[0]
+                scoped = stack or first
+                word = re.split(r"\W", scoped.block)[0] if scoped else ""
+                if len(self.stacks) > 1 or word in ("encoder", "decoder"):
                     self.hints[full] = f"{word} {self.hints[full]}"
                 return full
         raise Unresolved
@@ -144,15 +146,19 @@ def is_hidden(state: Draft, norm: str) -> bool:
 
 
 def writer_of(state: Draft, norm: str) -> str | None:
-    """The linear map whose output the norm reads as it is: its rows, or whole heads of them."""
+    """The linear map whose output the norm reads as it is: its rows, or whole heads of them.
+
+    Heads that are rotated before the norm are as they are at the first position.
+    """
     given = state.seen.inputs[norm]
+    rows = probe.rows(given)
     for name, module in state.model.named_modules():
         if not probe.is_linear(module) or name not in state.seen.outputs:
             continue
         written = state.seen.outputs[name]
         if written.shape[-1] % given.shape[-1] == 0:
             heads = probe.rows(written.reshape(*written.shape[:-1], -1, given.shape[-1]))
-            if probe.rows(given) <= heads:
+            if rows <= heads or (given.shape[-1] != state.hidden and rows & heads):
                 return name
     return None
 
@@ -161,6 +167,21 @@ def writes_unit(state: Draft, norm: str) -> bool:
     """The norm reads a linear map whose rows are known: queries, keys, units."""
     writer = writer_of(state, norm)
     return writer is not None and state.key(writer) in state.outputs
+
+
+def parts_read(state: Draft, norm: str) -> list[tuple[str, ...]]:
+    """The parts of a linear map's output, such as its queries, whose heads the norm reads as they are."""
+    writer = writer_of(state, norm) or ""
+    parts, by = state.outputs[state.key(writer)]
+    given, written = state.seen.inputs[norm], state.seen.outputs[writer]
+    turns = state.sizes[by] if by else 1
+    counts = [prod(state.sizes[axis] for axis in part) // turns for part in parts]
+    if len(parts) < 2 or turns * sum(counts) != written.shape[-1]:
+        return list(parts)
+    chunks = written.reshape(*written.shape[:-1], turns, -1).split(counts, dim=-1)
+    width = given.shape[-1]
+    heads = [probe.rows(chunk.reshape(-1, width)) if chunk.shape[-1] % width == 0 else set() for chunk in chunks]
+    return [part for part, rows in zip(parts, heads, strict=True) if probe.rows(given) & rows]
 
 
 def is_branch(state: Draft, norm: str) -> bool:
@@ -235,3 +256,18 @@ def vectors(given: Tensor, dim: Dim, width: int) -> set[bytes]:
     if dim.parts[0][-1] == "hidden":
         return probe.rows(given.reshape(*given.shape[:-1], -1, width))
     return probe.rows(given.reshape(*given.shape[:-1], width, -1).transpose(-1, -2))
+
+
+NUMBER = re.compile(r"(?<=[._])\d+(?=\.)")  # of an expert, as in `expert_2.fc1.`; the 1 of fc1 is a part of its name
+
+
+def as_their_like(state: Draft) -> None:
+    """Maps of which nothing was seen, such as those of an expert that no token was sent to, are what their like are."""
+    keys = dict.fromkeys(state.key(n) for n, module in state.model.named_modules() if probe.is_linear(module))
+    known = {key for key in keys if key in state.outputs or key in state.inputs}
+    likes = {NUMBER.sub("#", key): key for key in known}
+    for key in keys:
+        like = likes.get(NUMBER.sub("#", key))
+        for kind in ("weight", "bias"):
+            if like and key not in known and f"{key}{kind}" in state.rows and f"{like}{kind}" in state.rows:
+                state.rows[f"{key}{kind}"] = state.rows[f"{like}{kind}"]

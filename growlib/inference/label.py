@@ -16,6 +16,7 @@ from growlib.inference import probe
 from growlib.inference.draft import (
     FIXED,
     Draft,
+    as_their_like,
     feeds,
     head_norm_of,
     is_branch,
@@ -24,12 +25,12 @@ from growlib.inference.draft import (
     merged,
     norm_after,
     norm_before,
+    parts_read,
     refuse_unseen,
     side_by_side,
     stacks_of,
     vectors,
     width_of,
-    writer_of,
     writes_unit,
 )
 from growlib.inference.rows import Unresolved, read_rows
@@ -74,6 +75,7 @@ def draft(model: PreTrainedModel, known: tuple[Stack, ...] = (), part: str = "")
             row = state.row_of(f"{name}.{kind}".removeprefix(state.prefix) if name else kind)
             if row not in state.rows:
                 state.rows[row] = _layout(state, name, module, kind, tuple(parameter.shape))
+    as_their_like(state)
     for name in base.shapes:  # buffers that are saved
         row = state.row_of(base.base(name))
         state.rows.setdefault(row, tuple(_dim(state, size, "write") for size in base.shapes[name]))
@@ -349,7 +351,7 @@ def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> 
     offset = norm.offset if side == "scale" else 0.0
     axes: tuple[str, ...] = ("fixed",)
     if writes_unit(state, name):
-        parts, _ = state.outputs[state.key(writer_of(state, name) or "")]
+        parts = parts_read(state, name)
         if len(parts) == 1:
             size = [state.sizes[a] for a in parts[0]]
             axes = parts[0] if len(size) < 2 or shape[0] == size[0] * size[1] else parts[0][-1:]

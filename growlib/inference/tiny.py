@@ -35,7 +35,7 @@ SIZES = {
     3: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers",
     101: "vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input",
     32: "image_size hidden_size_per_layer_input qk_head_dim",
-    5: "num_shared_experts n_shared_experts",
+    5: "num_shared_experts n_shared_experts moe_num_shared_experts",
     7: "num_register_tokens",
     6: "attention_window",
     1: "first_k_dense_replace n_group num_expert_group topk_group num_dense_layers moe_layer_start_index",
@@ -46,6 +46,10 @@ LAYERS = tuple(SIZES[3].split())
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 REPORTING = ("return_dict", "output_attentions", "output_hidden_states", "use_cache")  # not what is computed
 LARGEST = 3_000_000  # parameters of a model that is still tiny
+
+
+class Unfit(Exception):
+    """A small model can be built, and is of no use: in growlib's own words."""
 
 
 def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
@@ -74,16 +78,23 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
                 inputs = every_input(model)
                 outputs(model, inputs[0])
                 if unseen := wanted(model) - media_in(model):
-                    raise ValueError(f"no {' and no '.join(sorted(unseen))} could be made on which it runs")
+                    raise Unfit(f"no {' and no '.join(sorted(unseen))} could be made on which it runs")
                 return small
-            wrong = wrong or ValueError(f"its small model has {count:,} parameters")
+            wrong = wrong or Unfit(f"its small model has {count:,} parameters")
         except Exception as error:  # whatever a class of transformers raises
             wrong = wrong or error
-    reason = str(wrong).strip().splitlines()
-    reason = [type(wrong).__name__] if reason in ([], ["None"]) else reason
     raise GrowError(
-        asked, reason[-1].strip(), "a class that can be built at small sizes, or a table in growlib/architectures"
+        asked, _reason(wrong), "a class that can be built at small sizes, or a table in growlib/architectures"
     )
+
+
+def _reason(wrong: Exception | None) -> str:
+    """What is wrong with the last small model that was tried: growlib's own words, or those of the class as such."""
+    lines = str(wrong).strip().splitlines()
+    if isinstance(wrong, Unfit):
+        return lines[-1]
+    said = type(wrong).__name__ if lines in ([], ["None"]) else lines[-1].strip()
+    return f"the class does not run at small sizes, nor do its defaults fit them: {said}"
 
 
 def same_width(config: PreTrainedConfig) -> dict[str, str]:

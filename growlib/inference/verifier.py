@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from growlib.apply import apply
 from growlib.architectures.schema import EVERYTHING, EXACT, RESIDUAL, Architecture, Axis, Growth, Verdict
 from growlib.checkpoint.loading import empty_model, fill, skeleton, skeleton_of
+from growlib.errors import GrowError
+from growlib.inference import why
 from growlib.inference.sizes import changed, evenly
 from growlib.operators import Method, method
 from growlib.outputs import TOLERANCE, distance, every_input, outputs
@@ -33,6 +35,7 @@ def trial(
     table: Architecture, model: PreTrainedModel, fields: Mapping[str, Any], chosen: str | Method = "copies"
 ) -> Trial:
     """Grow the model to these config fields, and compare on two inputs. Copies meet whole multiples and a rest."""
+    built = False
     try:
         stacks = {stack.layers: stack for stack in table.stacks}
 
@@ -42,6 +45,7 @@ def trial(
 
         target = changed(model.config, fields, stacks, sources)
         wide = skeleton_of(type(model), target)
+        built = True
         plan = make_plan(Request(table, method(chosen), 0, skeleton(model), wide))
         grew = frozenset(
             Growth(name, "deeper")
@@ -54,12 +58,14 @@ def trial(
         grown = empty_model(model, target, torch.float32)
         fill(grown, apply(plan, model.state_dict()))
         worst = max(apart(model, grown, seed) for seed in SEEDS)
-    except Exception as failure:  # the class, the table or the plan refuses
-        lines = str(failure.__cause__ or failure).strip().splitlines() or [type(failure).__name__]
-        return Trial(frozenset(), Verdict("refused", lines[-1].strip()))
+    except GrowError as refusal:  # by the table or the plan; a class that cannot be built says why in its cause
+        told = refusal.wrong if built else why.of_class(refusal.__cause__ or refusal, fields, model.config)
+        return Trial(frozenset(), Verdict("refused", told))
+    except Exception as failure:  # whatever a class of transformers raises
+        return Trial(frozenset(), Verdict("refused", why.of_class(failure, fields, model.config)))
     if worst <= TOLERANCE:
         return Trial(grew, EXACT, worst)
-    return Trial(grew, Verdict("inexact", f"a tiny model differs by {worst:.1g} of its outputs' spread"), worst)
+    return Trial(grew, Verdict("inexact", why.DIFFERS.format(worst)), worst)
 
 
 def apart(model: PreTrainedModel, grown: PreTrainedModel, seed: int) -> float:
@@ -125,13 +131,16 @@ def verdicts(table: Architecture, model: PreTrainedModel) -> dict[Growth, Verdic
             if growth in grew:
                 break
         if not verdict.exact:
+            verdict = why.told(verdict, growth, fields, table, model)
             wrong[growth] = verdict
             wrong |= dict.fromkeys(grew - wrong.keys(), verdict)
         elif growth in grew:
             exact |= grew
             together |= {} if growth.ratio == "x1.5" else {k: max(v, together.get(k, 0)) for k, v in fields.items()}
         else:
-            wrong[growth] = Verdict("refused", "it could not be grown by itself")
+            wrong[growth] = why.told(
+                Verdict("refused", "it could not be grown by itself"), growth, fields, table, model
+            )
     exact_ones = dict.fromkeys(sorted(exact), EXACT)
     return wrong | exact_ones | {EVERYTHING: trial(table, model, together).verdict}
 

@@ -1,0 +1,159 @@
+"""Why a growth is not exact, in words: causes that are found on the tiny model, and those that a data file names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as T
+from tiny import randomise
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import architectures
+import growlib
+from growlib import GrowError
+from growlib.architectures.schema import Growth, Verdict
+from growlib.inference import infer, why
+
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+TEXT = {"vocab_size": 61, "num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4}
+IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+COLUMNS = {
+    "hidden": {"hidden ×2", "hidden ×1.5"},
+    "hidden x1.5": {"hidden ×1.5"},
+    "ffn": {"FFN"},
+    "vocab": {"vocabulary"},
+}
+WORDS = {"depth", "hidden", "hidden x1.5", "heads", "head_dim", "ffn", "experts"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GROWLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize("entry", why._entries(), ids=lambda entry: f"{entry['types'][0]} {entry['sizes'][0]}")
+def test_a_cause_names_what_exists_and_what_is_not_exact(entry):
+    """An entry whose growth has become exact, or that no type needs, must go."""
+    assert entry.keys() == {"types", "sizes", "why"}
+    assert set(entry["sizes"]) <= WORDS
+    assert set(entry["types"]) <= set(CONFIG_MAPPING)
+    page = architectures.Page.read(PAGE)
+    columns = ["depth", *architectures.GROWTHS]
+    wanted = set().union(*(COLUMNS.get(size, {size}) for size in entry["sizes"]))
+    for name in entry["types"]:
+        marks = dict(zip(columns, page.marks[name], strict=True))
+        assert any(marks[column] in "◐○" for column in wanted), name
+
+
+FOUND = {
+    "a norm behind the embeddings": (T.BloomConfig, Growth("hidden", "x1.5"), "word_embeddings_layernorm"),
+    "a norm in the first layer": (T.RwkvConfig, Growth("hidden", "x1.5"), "blocks.0.pre_ln"),
+    "a norm behind an activation": (T.EsmConfig, Growth("hidden", "x1.5"), "reads an activation (lm_head.layer_norm)"),
+    "computed positions": (T.XGLMConfig, Growth("hidden", "x2"), "embed_positions computes positions from d_model"),
+    "stretched frequencies": (T.Ministral3Config, Growth("query", "x2"), "YaRN"),
+    "what the class refuses": (T.BambaConfig, Growth("hidden", "x2"), "the heads of its scan must fill the width"),
+}
+QUICK = ("a norm behind the embeddings", "stretched frequencies")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in FOUND])
+def test_the_cause_is_found(kind):
+    config, growth, said = FOUND[kind]
+    verdict = infer(config(**({"vocab_size": 33} if config is T.EsmConfig else {}))).proven[growth]
+    assert not verdict.exact
+    assert said in verdict.why
+
+
+def test_a_plan_that_says_why_is_not_overruled():
+    table, known = infer(T.BloomConfig()), Verdict("inexact", "the plan says why")
+    assert why.told(known, Growth("heads", "x2"), {"n_head": 8}, table, None) == known
+
+
+def test_what_a_class_raises_is_said_with_the_sizes_that_it_does_not_take():
+    config = T.LlamaConfig(hidden_size=64)
+    told = why.of_class(RuntimeError("a line\nThe size of tensor a (8) must match"), {"hidden_size": 128}, config)
+    assert told.startswith("its class does not take hidden_size 64 -> 128 with its other sizes as they are")
+    assert told.endswith("The size of tensor a (8) must match")
+
+
+EXACT = {  # what one forward pass or one shape does not tell
+    "a norm behind the rotation": (
+        T.HunYuanDenseV1ForCausalLM,
+        {**TEXT, **IDS, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 36},
+        {"head_dim": 12},
+    ),
+    "a norm over one part of a fused map": (
+        T.Qwen3NextForCausalLM,
+        {
+            **TEXT,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 36,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+        },
+        {"head_dim": 16},
+    ),
+    "experts whose weights are each their own": (
+        T.Dots1ForCausalLM,
+        {
+            **TEXT,
+            "num_key_value_heads": 2,
+            "intermediate_size": 36,
+            "moe_intermediate_size": 20,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        {"n_routed_experts": 8, "num_experts_per_tok": 4},
+    ),
+    "experts that see no token": (
+        T.SwitchTransformersForConditionalGeneration,
+        {"vocab_size": 61, "d_model": 24, "d_kv": 8, "d_ff": 36, "num_heads": 3, "num_layers": 2, "num_experts": 4}
+        | {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+        | {"decoder_start_token_id": 0, **IDS},
+        {"d_ff": 60},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EXACT)
+def test_it_grows_exactly(kind):
+    model_class, options, growth = EXACT[kind]
+    torch.manual_seed(0)
+    small = randomise(model_class(model_class.config_class(**options)), 0, 0.2).eval()
+    big = growlib.expand(small, growth, exact=True)
+    assert growlib.verify(small, big).exact
+    assert big.num_parameters() > small.num_parameters()
+
+
+def test_the_page_is_read_as_it_is_written(tmp_path):
+    assert "\n".join(architectures.Page.read(PAGE).lines()) + "\n" == PAGE.read_text()
+
+
+def test_only_the_named_types_of_the_page_change(tmp_path, monkeypatch):
+    def refused(name):
+        raise GrowError(f"inferring {name}", "it is refused today", "a table")
+
+    monkeypatch.setattr(architectures, "proven", refused)
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.read_text())
+    architectures.main(page, ["bloom"])
+    before, after = architectures.Page.read(PAGE), architectures.Page.read(page)
+    assert before.marks.pop("bloom")
+    assert before.reasons.pop("bloom")
+    assert after.refused.pop("bloom") == "it is refused today"
+    assert after == before
