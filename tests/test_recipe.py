@@ -18,7 +18,7 @@ from base.comparison import ARMS
 from base.flops import flops_saved, flops_to_reach, forward_flops
 from base.models import MODELS
 from base.presets import load_preset, presets
-from base.text import Ordered, read_files
+from base.text import Masking, Ordered, read_files
 from growlib import GrowError
 
 TWO_STEPS = 'extends = "miniature"\n[small]\nsteps = 2\n[training]\nsteps = 2\nwarmup_steps = 1\nevaluations = 2\n'
@@ -315,13 +315,14 @@ def test_every_block_is_seen_once_before_any_is_seen_again():
     assert list(Ordered(blocks, 12, 0, None).order) == list(ordered.order)
 
 
-def test_masked_blocks_count_the_masked_positions_only():
-    blocks = torch.arange(5, 105).reshape(1, 100).numpy()
-    row = Ordered(blocks, 1, 0, 1)[0]
+@pytest.mark.parametrize("share", [0.15, 0.3, 0.6])
+def test_masked_blocks_count_the_masked_positions_only(share):
+    blocks = torch.arange(5, 1005).reshape(1, 1000).numpy()
+    row = Ordered(blocks, 1, 0, Masking(1, share))[0]
     masked = row["labels"] != -100
-    assert 5 <= int(masked.sum()) <= 30
+    assert masked.float().mean().item() == pytest.approx(share, abs=0.06)
     assert bool((row["input_ids"][masked] == 1).all())
-    assert torch.equal(torch.where(masked, row["labels"], row["input_ids"]), torch.arange(5, 105))
+    assert torch.equal(torch.where(masked, row["labels"], row["input_ids"]), torch.arange(5, 1005))
 
 
 def test_forward_flops_against_arithmetic():

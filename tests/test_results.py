@@ -15,6 +15,7 @@ TABLES = {
     "when/when.json": shares.table,
     "methods/methods.json": ranking.table,
     "bert/bert.json": ranking.table,
+    "bert/kept.json": ranking.table,
     "progressive/progressive.json": moments.table,
     "after/after.json": lambda content: study.table(content["results"]),
     "after/after-4e-3.json": lambda content: study.table(content["results"]),
