@@ -5,7 +5,7 @@
 
 The domains: Python code without docstrings, the prose of docstrings, the C++ headers of torch. The model learns the
 first from random values. At each next one it grows (the preset's sizes and method) and trains on it: alone; taught by
-the model as it was before (arXiv 2105.13880, section 4.4; without old text this is arXiv 1606.09282); with replay,
+the model as it was before (arXiv 2105.13880, Tables 2 to 4; without old text this is arXiv 1606.09282); with replay,
 where a share of the blocks is old text; or with both. Controls: replay in a model that never grows; the last sizes from
 scratch on all text at once, and on the last domain alone.
 

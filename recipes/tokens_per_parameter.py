@@ -84,9 +84,9 @@ def prepared_at(setting: Setting, folder: Path, steps: int, seed: int, teachers:
 
 
 def best_rates(prepared: Prepared, arms: list[str], rates: list[float]) -> dict[str, dict[str, float]]:
-    """By arm, the loss at the end at each rate."""
+    """By arm, the loss at the end at each rate; nothing where there is one."""
     if len(rates) == 1:
-        return {arm: {f"{rates[0]:g}": 0.0} for arm in arms}
+        return {arm: {} for arm in arms}
     return {
         arm: {
             f"{rate:g}": run_arm(prepared.under(learning_rate=dict.fromkeys(ARMS, rate)), arm)["final_eval_loss"]
@@ -106,7 +106,8 @@ def compare(setting: Setting, folder: Path, arms: list[str], teachers: tuple[Pat
     lengths = {per: steps_of(setting, parameters, per) for per in sorted(tokens.per_parameter)}
     first = prepared_at(setting, folder, lengths[middle(lengths)], setting.seed, teachers)
     sweep = best_rates(first, arms, tokens.learning_rates)
-    rates = {arm: float(min(tried, key=lambda rate: tried[rate])) for arm, tried in sweep.items()}
+    only = tokens.learning_rates[0]
+    rates = {arm: float(min(tried, key=lambda rate: tried[rate], default=only)) for arm, tried in sweep.items()}
     horizons = {}
     for per, steps in lengths.items():
         runs, small_flops = {}, {}

@@ -101,3 +101,18 @@ def test_the_schedules_are_those_of_the_runs():
     shares = [run["flops"]["teacher"] / run["flops"]["student"] for run in runs]
     expected = [[f"{run['final_eval_loss']:.3f}", f"{share:.0%}"] for run, share in zip(runs, shares, strict=True)]
     assert rows == expected
+
+
+def test_the_rates_of_bert_are_those_of_the_runs():
+    found = json.loads((DOCS / "results/bert/rates.json").read_text())
+    small, curves = found["small, loss at the end"], found["lossless, (step, loss)"]
+    back = [next(step for step, loss in curve if step and loss <= small["0.003"]) for curve in curves.values()]
+    rows = {
+        "small model, 4,000 steps": [f"{loss:.3f}" for loss in small.values()],
+        "lossless, 1,000 steps": [f"{curve[-1][1]:.3f}" for curve in curves.values()],
+        "lossless, back after": [str(step) for step in back],
+    }
+    page = (DOCS / "results/bert.md").read_text()
+    for name, cells in rows.items():
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        assert line.replace("**", "").strip(" |").split(" | ")[1:] == cells

@@ -119,6 +119,14 @@ EXACT = {  # what one forward pass or one shape does not tell
         },
         {"n_routed_experts": 8, "num_experts_per_tok": 4},
     ),
+    "experts that see no token, of numbered maps": (
+        T.NllbMoeForConditionalGeneration,
+        {"vocab_size": 61, "d_model": 24, "encoder_ffn_dim": 36, "decoder_ffn_dim": 36, "encoder_layers": 4}
+        | {"decoder_layers": 4, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "num_experts": 8}
+        | {"max_position_embeddings": 64}
+        | {"decoder_start_token_id": 2, **IDS},
+        {"encoder_ffn_dim": 60, "decoder_ffn_dim": 60},
+    ),
     "experts that see no token": (
         T.SwitchTransformersForConditionalGeneration,
         {"vocab_size": 61, "d_model": 24, "d_kv": 8, "d_ff": 36, "num_heads": 3, "num_layers": 2, "num_experts": 4}

@@ -69,7 +69,7 @@ def post_norm_residual(name: str, axis: Axis, old: Sizes, new: Sizes, copies: in
     source[q * n :] = -1
     inexact = (
         f"{axis.size} {n} -> {N} is not a whole multiple, and a LayerNorm after the residual sum "
-        f"preserves only whole copies; {n * q} and {n * (q + 1)} are exact, this one is close"
+        f"preserves only whole copies; {n * q} and {n * (q + 1)} are exact, here the rest is the mean"
     )
     return AxisMap(
         n,

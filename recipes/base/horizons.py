@@ -81,7 +81,9 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
         "reached: with one of the seeds at least.",
         f"Learning rates are each arm's best of {tried}, with seed {first} at "
         f"{middle(wanted['per_parameter']):g} tokens per parameter: "
-        f"{', '.join(f'{name} {rate:g}' for name, rate in rates.items())}.",
+        f"{', '.join(f'{name} {rate:g}' for name, rate in rates.items())}."
+        if len(wanted["learning_rates"]) > 1
+        else f"All train at a learning rate of {tried}; others may do better at their own.",
         f"{setting['text_used']['distinct_training_tokens']:,} distinct tokens, seen up to "
         f"{results['passes']:.1f} times. {NAME}: the small model, trained on for the FLOPs of the costliest arm.",
     ]

@@ -1,6 +1,7 @@
-"""Ways to fill hidden entries for which no whole copy is left under a LayerNorm after the residual sum.
+r"""Ways to fill hidden entries for which no whole copy is left under a LayerNorm after the residual sum.
 
-    python recipes/compare_methods.py --preset bert --methods lossless,starts:partial,starts:fresh,random+lossless
+    PYTHONPATH=docs/results/bert python recipes/compare_methods.py --preset bert \
+        --methods lossless,starts:partial,starts:fresh,random+lossless
 
 All else is as in `lossless`, which puts the mean of the old entries there.
 """
