@@ -41,9 +41,16 @@ def wanted(model: PreTrainedModel) -> set[str]:
     if not parts_of(model.config):
         return set()
     takes, parts = _parameters(model), parts_of(model.config)
-    kinds = {"image"} if any("pixel" in name or name == "flattened_patches" for name in takes) else set()
+    seen = any("pixel" in name or name == "flattened_patches" for name in takes)
+    kinds = {"image"} if seen and not _is_left_out(model.config, KINDS["image"]) else set()
     heard = any(re.search("input_features|input_values|audio", name) for name in takes)
     return kinds | ({"audio"} if heard and any(re.search("audio|encoder|speech|semantic", p) for p in parts) else set())
+
+
+def _is_left_out(config: PreTrainedConfig, words: tuple[str, ...]) -> bool:
+    """Whether the config has a place for a part of this kind, and none there."""
+    named = [v for n, v in vars(config).items() if n.endswith("_config") and any(word in n for word in words)]
+    return bool(named) and all(part is None for part in named)
 
 
 def media_in(model: PreTrainedModel) -> set[str]:

@@ -74,7 +74,8 @@ def every_input(model: PreTrainedModel, length: int = 7, seed: int = 1, copies: 
 def _token_ids(model: PreTrainedModel, rows: int, length: int, generator: torch.Generator) -> Tensor:
     """Ids that are rarely special ones, and no more of them than the model has positions for."""
     text: Any = text_of(model.config)
-    words, length = vocabulary(model), min(length, getattr(text, "max_position_embeddings", None) or length)
+    words, most = vocabulary(model), getattr(text, "max_position_embeddings", None) or -1
+    length = min(length, most) if most > 0 else length  # below zero: any length (XLNet)
     first, last = min(5, words // 2), max(words - 1, 1)
     ids = torch.randint(first, last, (rows, length), generator=generator)
     if special := special_tokens(model.config):

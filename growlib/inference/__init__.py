@@ -19,7 +19,7 @@ from growlib.architectures.schema import Architecture, Growth, Verdict, from_tab
 from growlib.checkpoint.loading import class_of
 from growlib.config import OWN_FIELDS
 from growlib.errors import GrowError
-from growlib.inference import variants
+from growlib.inference import variants, why
 from growlib.inference.depth import with_depth
 from growlib.inference.label import draft
 from growlib.inference.tiny import tiny_config, tiny_model
@@ -65,7 +65,13 @@ def infer(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = 
     Raises:
         GrowError: no tiny model of the class can be built, or its tensors cannot be told apart.
     """
-    model_class = model_class or class_of(config)
+    try:
+        return _inferred_of(config, model_class or class_of(config), part)
+    except GrowError as error:
+        raise why.without_table(config, error) from error
+
+
+def _inferred_of(config: PreTrainedConfig, model_class: type[PreTrainedModel], part: str) -> Architecture:
     small = tiny_config(config, model_class)
     key = (model_class, _switches(small), part)
     if key not in _inferred:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.media import PLACEHOLDER
-from growlib.parts import flat, last_word, rebuilt
+from growlib.parts import flat, part_in, rebuilt
 
 LEAST = 16  # smaller numbers are counts, which decide what is built
 SMALL = 40
@@ -26,38 +26,40 @@ def lessened(
 ) -> dict[str, Any]:
     """Smaller values of the fields that make a model large, those that save most first, until it is below the limit.
 
-    Fields whose last word is in `fixed` stay. Where nothing more can be saved, what was found so far.
+    The fields in `fixed` stay. Those of one part with one value get smaller together: what one writes another may read.
+    Where nothing more can be saved, what was found so far.
     """
-    fields = flat(config)
-    options = {n: v for n, v in _options(fields, fixed).items() if v}
-    saving: list[tuple[int, str, Any]] = []
-    for name, values in options.items():
-        built = ((_count_with(model_class, config, {name: value}), name, value) for value in values)
-        saving += [next((found for found in built if found[0]), (0, name, None))]
+    saving: list[tuple[int, dict[str, Any]]] = []
+    for options in _options(flat(config), fixed):
+        built = ((_count_with(model_class, config, fields), fields) for fields in options)
+        saving += [found for found in built if found[0]][:1]
     chosen: dict[str, Any] = {}
     least = count_of(model_class, config)
-    for count, name, value in sorted(saving, key=lambda found: found[0]):
+    for count, fields in sorted(saving, key=lambda found: found[0]):
         if least <= limit:
             break
-        if 0 < count < least or chosen:
-            together = _count_with(model_class, config, {**chosen, name: value}) if count else 0
+        if count < least or chosen:
+            together = _count_with(model_class, config, {**chosen, **fields})
             if 0 < together < least:
-                least, chosen = together, {**chosen, name: value}
+                least, chosen = together, {**chosen, **fields}
     return chosen
 
 
-def _options(fields: Mapping[str, Any], fixed: Collection[str]) -> dict[str, list[Any]]:
+def _options(fields: Mapping[str, Any], fixed: Collection[str]) -> Iterator[list[dict[str, Any]]]:
     """For each number, and each list of numbers, that may be made smaller: powers of two below it."""
-    options = {}
+    equal: dict[tuple[str, str], list[str]] = {}
     for name, value in fields.items():
         numbers = value if isinstance(value, list | tuple) else [value]
-        if last_word(name) in fixed or PLACEHOLDER.search(name) or not numbers:
+        if name in fixed or PLACEHOLDER.search(name) or not numbers:
             continue
         if all(type(number) is int for number in numbers) and max(numbers) > SMALL and min(numbers) > 0:
-            smaller = [[number >> bits for number in numbers] for bits in _bits(max(numbers))]
-            right = [made for made in smaller if min(made) > 0 and not TAKEN & set(made)]
-            options[name] = [made if isinstance(value, list | tuple) else made[0] for made in right]
-    return options
+            equal.setdefault((part_in(name), str(value)), []).append(name)
+    for names in equal.values():
+        value = fields[names[0]]
+        numbers = value if isinstance(value, list | tuple) else [value]
+        smaller = [[number >> bits for number in numbers] for bits in _bits(max(numbers))]
+        right = [made for made in smaller if min(made) > 0 and not TAKEN & set(made)]
+        yield [dict.fromkeys(names, made if isinstance(value, list | tuple) else made[0]) for made in right]
 
 
 def _bits(largest: int) -> Iterator[int]:

@@ -12,23 +12,27 @@ from growlib.config import DERIVED_FIELDS
 from growlib.errors import GrowError
 from growlib.inference import smaller, tiny_parts
 from growlib.inference.tiny_layers import few_layers, layer_counts, small_by_number, with_all_kinds, without_derived
+from growlib.inference.tiny_parts import PART_SIZE_OF
 from growlib.media import media_in, wanted
 from growlib.outputs import every_input, outputs
-from growlib.parts import parts_of, rebuilt, text_of, text_part
+from growlib.parts import flat, last_word, part_in, parts_of, rebuilt, text_of, text_part
 
 # Small sizes, distinct where two of them could stand in one tensor, by the names that configs give them.
 SIZES = {
     64: "hidden_size n_embd d_model n_embed dim embed_dim emb_dim model_dim",
     48: "word_embed_proj_dim embedding_size",
-    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
+    "linear_num_heads",
     2: "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok num_experts_per_token moe_topk",
     24: "head_dim d_kv kv_channels attention_head_size qk_nope_head_dim",
+    36: "linear_key_head_dim linear_head_dim",
+    44: "linear_value_head_dim",
     20: "v_head_dim",
     16: "d_head mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size",
     8: "qk_rope_head_dim num_local_experts num_experts n_routed_experts rotary_dim moe_num_experts patch_size",
     12: "kv_lora_rank",
     28: "q_lora_rank",
-    80: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim hidden_dim",
+    80: "intermediate_size ffn_dim d_ff n_inner d_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim hidden_dim",
     40: "moe_intermediate_size expert_ffn_hidden_size",
     56: "shared_expert_intermediate_size shared_intermediate_size block_ff_dim",
     96: "max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len",
@@ -69,13 +73,17 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
             small = rebuilt(config, {**fields, **less})
             count = smaller.count_of(model_class, small)
             if count > LARGEST and not less:
-                less = smaller.lessened(model_class, small, LARGEST, SIZE_OF)
+                less = smaller.lessened(model_class, small, LARGEST, _said(small))
                 small = rebuilt(config, {**fields, **less})
                 count = smaller.count_of(model_class, small)
             small = with_all_kinds(model_class, small, LAYERS)
             if count <= LARGEST:
                 model = tiny_model(model_class, small)
                 inputs = every_input(model)
+                if parts_of(small) and "pixel_values" in inputs[0]:
+                    raise Unfit(
+                        "it runs on images alone; grow its tower as a model of its own, such as its VisionModel"
+                    )
                 outputs(model, inputs[0])
                 if unseen := wanted(model) - media_in(model):
                     raise Unfit(f"no {' and no '.join(sorted(unseen))} could be made on which it runs")
@@ -86,6 +94,12 @@ def tiny_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
     raise GrowError(
         asked, _reason(wrong), "a class that can be built at small sizes, or a table in growlib/architectures"
     )
+
+
+def _said(config: PreTrainedConfig) -> set[str]:
+    """The fields that the tables of small sizes name: those of the text, and those of the other parts."""
+    text = text_part(config)
+    return {n for n in flat(config) if last_word(n) in (SIZE_OF if part_in(n) in ("", text) else PART_SIZE_OF)}
 
 
 def _reason(wrong: Exception | None) -> str:
@@ -124,7 +138,7 @@ def _small_fields(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
             tiny_parts.fit_rotary(small, old, new)
         width = next((n for n in SIZES[64].split() if type(before.get(n)) is int), "hidden_size")
         prefix = text + "." if text else ""
-        named = {prefix + name: value for name, value in small.items()}
+        named = {prefix + name: value for name, value in small.items() if name not in parts_of(own)}
         yield from tiny_parts.small_parts(config, named, before.get(width, 0), small.get(width, 0))
 
 

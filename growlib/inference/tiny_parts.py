@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from growlib.media import PLACEHOLDER
+from growlib.media import KINDS, PLACEHOLDER
 from growlib.parts import beside, flat, last_word, parts_of, text_part
 
 # Small sizes of parts that are not the text. No small multiple of their width is one of the text's, which is 64.
@@ -120,8 +120,10 @@ def _resolutions(fields: Mapping[str, Any], small: Mapping[str, Any]) -> dict[st
 
 
 def _placeholders(fields: Mapping[str, Any], text: str) -> dict[str, int]:
-    """Token ids that a small vocabulary has, one for each name."""
-    named = [n for n, v in fields.items() if PLACEHOLDER.search(n) and type(v) is int]
+    """Token ids that a small vocabulary has, one for each name; also for an image or a sound that has none yet."""
+    kinds = [word for words in KINDS.values() for word in words]
+    unset = [n for n, v in fields.items() if v is None and any(word in last_word(n) for word in kinds)]
+    named = [n for n, v in fields.items() if PLACEHOLDER.search(n) and (type(v) is int or n in unset)]
     known = sorted({last_word(n) for n in named if not WORDS.search(last_word(n)) or "vision_start" in n})
     return {n: known.index(last_word(n)) + 1 if last_word(n) in known else 0 for n in named}
 

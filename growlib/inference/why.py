@@ -11,11 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.architectures.schema import Architecture, Growth, Verdict
 from growlib.checkpoint.loading import skeleton
+from growlib.errors import GrowError
 from growlib.inference import probe
 from growlib.inference.probe import Trace
 from growlib.parts import flat, last_word, parts_of, value_of
 
 DIFFERS = "a tiny model differs by {:.1g} of its outputs' spread"
+TABLE = "table"  # the data file's word where a type grows in no size
 FILE = Path(__file__).with_name("not_exact.toml")
 YARN = "YaRN rounds, by head_dim, where its stretch of the rotary frequencies begins: the old frequencies change"
 # What the data file calls a growth: the last word of the axis's name, without the number of a second one.
@@ -27,6 +29,11 @@ def of_class(failure: BaseException, fields: Mapping[str, Any], config: PreTrain
     lines = str(failure).strip().splitlines() or [type(failure).__name__]
     asked = ", ".join(f"{name} {value_of(config, name)} -> {size}" for name, size in fields.items())
     return f"its class does not take {asked} with its other sizes as they are: {lines[-1].strip()}"
+
+
+def without_table(config: PreTrainedConfig, error: GrowError) -> GrowError:
+    """Why there is no table at all: the reason of the data file, where it has one for the type."""
+    return GrowError(error.asked, _named({config.model_type}, {TABLE}) or error.wrong, error.valid)
 
 
 def told(
@@ -57,7 +64,11 @@ def _known(config: PreTrainedConfig, growth: Growth, fields: Mapping[str, Any], 
     named = {size, f"{size} {growth.ratio}"}
     if table.axes["hidden"].size.split()[0] in fields and growth.ratio != "deeper":
         named |= {"hidden", f"hidden {growth.ratio}"}  # what grows with the width alone
-    return next((each["why"] for each in _entries() if types & set(each["types"]) and named & set(each["sizes"])), "")
+    return _named(types, named)
+
+
+def _named(types: set[str], sizes: set[str]) -> str:
+    return next((each["why"] for each in _entries() if types & set(each["types"]) and sizes & set(each["sizes"])), "")
 
 
 def _size(growth: Growth) -> str:
