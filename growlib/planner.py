@@ -247,7 +247,7 @@ def _tensors(request: Request, maps: Maps, layers: Layers) -> Iterator[TensorPla
                 raise GrowError(request.asked, wrong, "a class with the source's tensors")
             constant, more = _first_values(row, layout, constant)
         looked_up = layout and layout[0].parts == (("vocab",),) and layout[0].side == "read"
-        factor = embedding if looked_up else 1.0
+        factor = (embedding if looked_up else 1.0) * wider ** -table.powers.get(row, 0.0)
         if stack and _stands_in(row.removeprefix(stack.block), stack.writers):
             factor = (request.old[stack.layers] / request.new[stack.layers]) ** stack.branch_power
         if row.startswith(table.head_norm + ".") and (not stack or layer == len(layers[stack.layers].source) - 1):
