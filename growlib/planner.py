@@ -335,6 +335,10 @@ def _shape(layout: Layout, sizes: Mapping[str, int], shape: Shape) -> Shape:
 def _check_shapes(request: Request, tensors: tuple[TensorPlan, ...], maps: Maps) -> None:
     grown = {**request.old, **{name: axis_map.new for name, axis_map in maps.items()}}  # an axis without a map stays
     for made in tensors:
+        if len(made.layout) != len(made.old_shape):
+            dims = f"{len(made.old_shape)} dimensions and its row {len(made.layout)}"
+            wrong = f"{made.name} has {dims}: tensors of one name differ from layer to layer"
+            raise GrowError(request.asked, wrong, "a table in growlib/architectures")
         for shape, sizes in ((made.old_shape, request.old), (made.new_shape, grown)):
             right = _shape(made.layout, sizes, made.old_shape)
             if shape == right:

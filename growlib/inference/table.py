@@ -65,7 +65,7 @@ def _only_by_chance(state: Draft, base: Skeleton, others: list[Build], axis: str
             if set(dim.parts) == {(axis,)} and length != len(dim.parts) * value_of(skeleton.config, field)
         }
 
-    return sorted(min(map(chance, fields), key=len, default=set()))
+    return min((sorted(chance(field)) for field in fields), key=len, default=[])
 
 
 def _only_hidden(state: Draft, base: Skeleton, others: list[Build]) -> None:
