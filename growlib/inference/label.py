@@ -227,7 +227,8 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
     if isinstance(module, CONVOLUTIONS):
         reads = tuple(_dim(state, size, "read") for size in shape[1:2])
         write = _units_beside(state, name, shape[0]) if shape[1:2] in ((1,), ()) else None
-        return (write or _dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
+        of_each = getattr(module, "groups", 1) == shape[0] > 1  # of each head by itself, where there are as many
+        return (write or _dim(state, shape[0], "write", heads=of_each), *reads, *(FIXED,) * len(shape[2:]))
     if isinstance(module, nn.MultiheadAttention) and not state.is_elsewhere(name) and kind.startswith("in_proj"):
         write = Dim(_head_axes(state, name, module), "write")
         return (write, _dim(state, shape[1], "read")) if len(shape) == 2 else (write,)
