@@ -33,8 +33,22 @@ def follow_layers(
         layers: for each new layer the old one that it comes from.
         named: fields that the user gave: they stay.
     """
-    own = beside(fields, counted)
+    own = _of_this_stack(beside(fields, counted), counted)
     fields |= {key: value for key, value in followed(own, old, layers).items() if key not in named}
+
+
+def _of_this_stack(own: Mapping[str, Any], counted: str) -> Mapping[str, Any]:
+    """The fields without those that speak of the other half of an encoder and a decoder.
+
+    A field whose name says neither speaks of the encoder: LED's attention_window is as long as encoder_layers.
+    """
+    halves = ("encoder", "decoder")
+    word = next((half for half in halves if half in last_word(counted)), "")
+    other = counted.replace(word, halves[word == "encoder"]) if word else counted
+    if not word or other not in own:
+        return own
+    named = {key: next((half for half in halves if half in last_word(key)), "encoder") for key in own}
+    return {key: value for key, value in own.items() if named[key] == word}
 
 
 def followed(own: Mapping[str, Any], old: int, layers: Sequence[int]) -> dict[str, Any]:

@@ -225,6 +225,10 @@ def _images(config: Any, takes: set[str], rows: int, drawn: Drawn, whole: Whole)
         places = torch.cartesian_prod(torch.arange(across), torch.arange(across)).flip(-1)
         for values in (drawn(rows, count, channels * patch * patch),):
             yield {"pixel_values": values, "image_position_ids": whole(places.tolist())}
+    if "aspect_ratio_ids" in takes:  # tiles of one image
+        tiles = _first(seen, "max_num_tiles", default=4)
+        values, first = drawn(rows, 1, tiles, channels, side, side), whole([1])
+        yield {"pixel_values": values, "aspect_ratio_ids": first, "aspect_ratio_mask": whole([[1] + [0] * (tiles - 1)])}
     if "spatial_shapes" in takes:
         mask = whole([1] * count)
         values = drawn(rows, count, channels * patch * patch)

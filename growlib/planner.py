@@ -247,7 +247,7 @@ def _tensors(request: Request, maps: Maps, layers: Layers) -> Iterator[TensorPla
                 raise GrowError(request.asked, wrong, "a class with the source's tensors")
             constant, more = _first_values(row, layout, constant)
         looked_up = layout and layout[0].parts == (("vocab",),) and layout[0].side == "read"
-        factor = embedding if looked_up else 1.0
+        factor = (embedding if looked_up else 1.0) * wider ** -table.powers.get(row, 0.0)
         if stack and _stands_in(row.removeprefix(stack.block), stack.writers):
             factor = (request.old[stack.layers] / request.new[stack.layers]) ** stack.branch_power
         if row.startswith(table.head_norm + ".") and (not stack or layer == len(layers[stack.layers].source) - 1):
@@ -335,6 +335,10 @@ def _shape(layout: Layout, sizes: Mapping[str, int], shape: Shape) -> Shape:
 def _check_shapes(request: Request, tensors: tuple[TensorPlan, ...], maps: Maps) -> None:
     grown = {**request.old, **{name: axis_map.new for name, axis_map in maps.items()}}  # an axis without a map stays
     for made in tensors:
+        if len(made.layout) != len(made.old_shape):
+            dims = f"{len(made.old_shape)} dimensions and its row {len(made.layout)}"
+            wrong = f"{made.name} has {dims}: tensors of one name differ from layer to layer"
+            raise GrowError(request.asked, wrong, "a table in growlib/architectures")
         for shape, sizes in ((made.old_shape, request.old), (made.new_shape, grown)):
             right = _shape(made.layout, sizes, made.old_shape)
             if shape == right:

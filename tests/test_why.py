@@ -1,5 +1,6 @@
 """Why a growth is not exact, in words: causes that are found on the tiny model, and those that a data file names."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import architectures
 import growlib
 from growlib import GrowError
 from growlib.architectures.schema import Growth, Verdict
-from growlib.inference import infer, why
+from growlib.inference import infer, verifier, why
+from growlib.inference.verifier import trial
+from growlib.layer_fields import follow_layers
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 TEXT = {"vocab_size": 61, "num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4}
@@ -53,6 +56,7 @@ FOUND = {
     "a norm behind an activation": (T.EsmConfig, Growth("hidden", "x1.5"), "reads an activation (lm_head.layer_norm)"),
     "computed positions": (T.XGLMConfig, Growth("hidden", "x2"), "embed_positions computes positions from d_model"),
     "stretched frequencies": (T.Ministral3Config, Growth("query", "x2"), "YaRN"),
+    "a norm on a sound's way": (T.MossTranscribeDiarizeConfig, Growth("hidden", "x1.5"), "multi_modal_projector.norm"),
     "what the class refuses": (T.BambaConfig, Growth("hidden", "x2"), "the heads of its scan must fill the width"),
 }
 QUICK = ("a norm behind the embeddings", "stretched frequencies")
@@ -76,6 +80,43 @@ def test_what_a_class_raises_is_said_with_the_sizes_that_it_does_not_take():
     told = why.of_class(RuntimeError("a line\nThe size of tensor a (8) must match"), {"hidden_size": 128}, config)
     assert told.startswith("its class does not take hidden_size 64 -> 128 with its other sizes as they are")
     assert told.endswith("The size of tensor a (8) must match")
+
+
+def small_bloom():
+    torch.manual_seed(0)
+    return T.BloomForCausalLM(T.BloomConfig(vocab_size=61, hidden_size=24, n_layer=2, n_head=4)).eval()
+
+
+def test_a_fault_behind_the_building_of_the_class_is_not_called_the_classs(monkeypatch):
+    def broken(request):
+        raise ValueError("a fault of the plan")
+
+    table = infer(T.BloomConfig())
+    assert trial(table, small_bloom(), {"hidden_size": 48}).verdict.exact
+    monkeypatch.setattr(verifier, "make_plan", broken)
+    verdict = trial(table, small_bloom(), {"hidden_size": 48}).verdict
+    assert verdict == Verdict("refused", "it cannot be grown: a fault of the plan")
+
+
+def test_tensors_of_one_name_that_differ_in_their_dimensions_are_said_to():
+    table = infer(T.BloomConfig())
+    row = "h.*.mlp.dense_h_to_4h.weight"
+    other = replace(table, tensors={**table.tensors, row: table.tensors[row][:1]})
+    verdict = trial(other, small_bloom(), {"hidden_size": 48}).verdict
+    assert verdict.kind == "refused"
+    assert "mlp.dense_h_to_4h.weight has 2 dimensions and its row 1" in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("counted", "follow"),
+    [("encoder_layers", {"window", "encoder_kinds"}), ("decoder_layers", {"decoder_kinds"}), ("n_layer", None)],
+)
+def test_a_list_follows_the_layers_of_its_own_half(counted, follow):
+    both = {"encoder_layers": 2, "decoder_layers": 2} if follow else {"n_layer": 2}
+    fields = {**both, "window": [1, 2], "encoder_kinds": ["a", "b"], "decoder_kinds": ["a", "b"]}
+    follow_layers(fields, counted, 2, [0, 0, 1, 1])
+    longer = {name for name, value in fields.items() if isinstance(value, list) and len(value) == 4}
+    assert longer == (follow or {"window", "encoder_kinds", "decoder_kinds"})
 
 
 EXACT = {  # what one forward pass or one shape does not tell
@@ -126,6 +167,39 @@ EXACT = {  # what one forward pass or one shape does not tell
         | {"max_position_embeddings": 64}
         | {"decoder_start_token_id": 2, **IDS},
         {"encoder_ffn_dim": 60, "decoder_ffn_dim": 60},
+    ),
+    "a map whose product is multiplied by a power of the width": (
+        T.Gemma4ForCausalLM,
+        {**TEXT, **IDS, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "intermediate_size": 36}
+        | {"hidden_size_per_layer_input": 10, "vocab_size_per_layer_input": 61, "num_kv_shared_layers": 0}
+        | {"layer_types": ["sliding_attention", "full_attention"], "max_position_embeddings": 64},
+        {"hidden_size": 36},
+    ),
+    "stacked experts in modules of their own": (
+        T.JetMoeForCausalLM,
+        {**TEXT, "num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": 36, "num_local_experts": 4}
+        | {"num_experts_per_tok": 2},
+        {"hidden_size": 36, "intermediate_size": 60},
+    ),
+    "embeddings side by side": (
+        T.RoCBertForMaskedLM,
+        {**TEXT, "pad_token_id": 0, "intermediate_size": 36, "pronunciation_vocab_size": 7, "shape_vocab_size": 9}
+        | {"pronunciation_embed_dim": 10, "shape_embed_dim": 14, "max_position_embeddings": 64},
+        {"hidden_size": 48},
+    ),
+    "a convolution of each head": (
+        T.NystromformerForMaskedLM,
+        {**TEXT, "intermediate_size": 36, "num_landmarks": 7, "segment_means_seq_len": 7, "conv_kernel_size": 5}
+        | {"max_position_embeddings": 64},
+        {"hidden_size": 48, "num_attention_heads": 8},
+    ),
+    "a list of one half of an encoder and a decoder": (
+        T.LEDForConditionalGeneration,
+        {"vocab_size": 61, "d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 36}
+        | {"decoder_ffn_dim": 36, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "attention_window": 4}
+        | {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, **IDS}
+        | {"decoder_start_token_id": 2},
+        {"decoder_layers": 3, "d_model": 48, "encoder_attention_heads": 8, "decoder_attention_heads": 8},
     ),
     "experts that see no token": (
         T.SwitchTransformersForConditionalGeneration,

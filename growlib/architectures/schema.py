@@ -145,6 +145,7 @@ class Architecture:
     head_norm: str
     embedding_power: float = 0.0  # the class multiplies embeddings by hidden ** this
     head_power: float = 0.0  # and what its head reads by hidden ** this
+    powers: Mapping[str, float] = field(default_factory=dict)  # {row: what it makes is multiplied by hidden ** this}
     free_fields: frozenset[str] = frozenset()
     proven: Mapping[Growth, Verdict] | None = None  # None: a table that tests hold
     candidates: tuple[tuple[str, Verdict], ...] = ()  # of an inferred table: what was tried
@@ -275,6 +276,7 @@ def from_table(model_type: str, table: dict[str, Any], where: str) -> Architectu
             tensors={name: parse_layout(text) for name, text in table.pop("tensors").items()},
             ties=table.pop("ties", {}),
             weighed=table.pop("weighed", {}),
+            powers=table.pop("powers", {}),
             stacks=tuple(_stack(row) for row in table.pop("stacks")),
             conditions=tuple(_condition(row) for row in table.pop("conditions", [])),
             free_fields=frozenset(rows.pop("free", [])),
@@ -303,6 +305,7 @@ def to_table(known: Architecture) -> dict[str, Any]:
         "tensors": {row: layout_text(layout) for row, layout in known.tensors.items()},
         "ties": dict(known.ties),
         "weighed": dict(known.weighed),
+        "powers": dict(known.powers),
         "config": {"free": sorted(known.free_fields), "follows": dict(known.follows)},
         "conditions": [asdict(condition) for condition in known.conditions],
         "proven": known.proven and [[list(growth), list(verdict)] for growth, verdict in known.proven.items()],

@@ -22,6 +22,7 @@ from growlib.errors import GrowError
 from growlib.inference import variants, why
 from growlib.inference.depth import with_depth
 from growlib.inference.label import draft
+from growlib.inference.powers import scaled_by_width
 from growlib.inference.tiny import tiny_config, tiny_model
 from growlib.inference.towers import joined
 from growlib.inference.verifier import followers, growths, only_copies, trial, unverified, verdicts
@@ -190,6 +191,7 @@ def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig, part: s
     seen, model = tiny_model(model_class, small, spread=0.07), tiny_model(model_class, small)
     table = with_depth(replace(draft(seen, part=part), proven={}), seen, model, part)
     table = _first_exact(table, variants.of_hidden(table, small), model, "hidden")
+    table = scaled_by_width(table, model, small)
     table = _behind_norms(table, model)
     if "expert_ffn" in table.axes:
         table = _first_exact(table, variants.of_pairs(table), model, "expert_ffn")

@@ -258,6 +258,26 @@ def vectors(given: Tensor, dim: Dim, width: int) -> set[bytes]:
     return probe.rows(given.reshape(*given.shape[:-1], width, -1).transpose(-1, -2))
 
 
+def raw_if(state: Draft, name: str, dim: Dim) -> Dim:
+    """The axis `raw` where a map reads the residual stream without a norm's weight before it."""
+    if dim.side != "read" or not {"hidden"} <= set(dim.parts[0]) or is_post_norm(state):
+        return dim
+    if state.model.get_output_embeddings() is state.model.get_submodule(name) and head_norm_of(state):
+        return dim  # what the class does between its last norm and its head is a candidate of its own
+    while name and name not in state.seen.inputs:
+        name = name.rpartition(".")[0]
+    given = state.seen.inputs.get(name)
+    if given is None or given.shape[-1] % state.hidden or given.shape[-1] != _length(state, dim):
+        return dim
+    if norm_before(state, probe.rows(given)) or norm_before(state, vectors(given, dim, state.hidden)):
+        return dim
+    return Dim((tuple("raw" if axis == "hidden" else axis for axis in dim.parts[0]),), "read")
+
+
+def _length(state: Draft, dim: Dim) -> int:
+    return prod(state.sizes[axis] for axis in dim.parts[0])
+
+
 NUMBER = re.compile(r"(?<=[._])\d+(?=\.)")  # of an expert, as in `expert_2.fc1.`; the 1 of fc1 is a part of its name
 
 

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 from torch import nn
@@ -18,23 +17,22 @@ from growlib.inference.draft import (
     Draft,
     as_their_like,
     feeds,
-    head_norm_of,
     is_branch,
     is_hidden,
     is_post_norm,
     merged,
     norm_after,
-    norm_before,
     parts_read,
+    raw_if,
     refuse_unseen,
     side_by_side,
     stacks_of,
-    vectors,
     width_of,
     writes_unit,
 )
 from growlib.inference.rows import Unresolved, read_rows
 from growlib.inference.sizes import Build, builds
+from growlib.inference.stacked import expert_count, expert_layout
 from growlib.inference.table import table_of
 from growlib.layouts import Dim, Layout
 from growlib.media import text_width
@@ -66,7 +64,7 @@ def draft(model: PreTrainedModel, known: tuple[Stack, ...] = (), part: str = "")
     _pooled_as_hidden(state)
     _other_streams(state)
     for name, module in model.named_modules():
-        if experts := _expert_count(state, name, module):
+        if experts := expert_count(state, name, module):
             state.axis("experts", experts, "experts", name)
         if isinstance(module, nn.MultiheadAttention) and not state.is_elsewhere(name):
             state.inputs[state.key(f"{name}.out_proj")] = _head_axes(state, name, module)[2]
@@ -229,12 +227,13 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
     if isinstance(module, CONVOLUTIONS):
         reads = tuple(_dim(state, size, "read") for size in shape[1:2])
         write = _units_beside(state, name, shape[0]) if shape[1:2] in ((1,), ()) else None
-        return (write or _dim(state, shape[0], "write"), *reads, *(FIXED,) * len(shape[2:]))
+        of_each = getattr(module, "groups", 1) == shape[0] > 1  # of each head by itself, where there are as many
+        return (write or _dim(state, shape[0], "write", heads=of_each), *reads, *(FIXED,) * len(shape[2:]))
     if isinstance(module, nn.MultiheadAttention) and not state.is_elsewhere(name) and kind.startswith("in_proj"):
         write = Dim(_head_axes(state, name, module), "write")
         return (write, _dim(state, shape[1], "read")) if len(shape) == 2 else (write,)
-    if len(shape) > 1 and shape[0] == _expert_count(state, name, module):
-        return _expert_layout(state, name, kind, shape)
+    if len(shape) > 1 and shape[0] == expert_count(state, name, module):
+        return expert_layout(state, name, kind, shape)
     if len(shape) == 1 and shape[0] == state.hidden and not state.is_elsewhere(name):
         added = probe.is_added(state.model, state.seen, module.get_parameter(kind))
         if added is False or (added is None and state.stack_of(name)):
@@ -244,9 +243,9 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
     # a linear map of its own kind, such as a router; what joins an image to the text writes the text's stream
     read = "weight" in kind and len(shape) == 2 and not state.is_elsewhere(name)
     if state.part and shape == (state.hidden, text_width(state.model)):
-        return (_raw_if(state, name, _dim(state, shape[0], "read")), FIXED)
+        return (raw_if(state, name, _dim(state, shape[0], "read")), FIXED)
     sides = [_dim(state, size, "read" if read and i else "write", heads=True) for i, size in enumerate(shape)]
-    return tuple(_raw_if(state, name, dim) for dim in sides)
+    return tuple(raw_if(state, name, dim) for dim in sides)
 
 
 def _is_in_scan(state: Draft, name: str) -> bool:
@@ -304,12 +303,30 @@ def _linear_layout(state: Draft, name: str, module: nn.Module, kind: str) -> Lay
     if state.key(name) in state.inputs:
         read = Dim((state.inputs[state.key(name)],), "read")
     else:
-        read = _raw_if(state, name, side_by_side(state, name, _dim(state, features_in, "read")))
+        read = raw_if(state, name, side_by_side(state, name, _dim(state, features_in, "read")))
         if read.parts == FIXED.parts and _is_in_scan(state, name):
             read = replace(_units_beside(state, name, features_in) or read, side="read")
         if read.parts == FIXED.parts and not state.stack_of(name) and not state.is_elsewhere(name):
-            read = _side_by_side(state, features_in) or read
+            read = _embeddings_read(state, name) or _side_by_side(state, features_in) or read
     return (read, write) if isinstance(module, Conv1D) else (write, read)
+
+
+def _embeddings_read(state: Draft, name: str) -> Dim | None:
+    """Several embeddings side by side, of which one has the model's width, such as those of a word and its sound."""
+    given = state.seen.inputs.get(name)
+    embeddings = {n for n, module in state.model.named_modules() if isinstance(module, nn.Embedding)}
+    made = [written for n, written in state.seen.outputs.items() if n in embeddings]
+    widths: list[int] = []
+    while given is not None and sum(widths) < given.shape[-1]:
+        rest = given[..., sum(widths) :]
+        fits = (m.shape[-1] for m in made if probe.rows(rest[..., : m.shape[-1]]) <= probe.rows(m))
+        if not (width := next(fits, 0)):
+            return None
+        widths.append(width)
+    if state.hidden not in widths:
+        return None
+    axes = ("hidden" if width == state.hidden else state.axis("beside", width, "", name) for width in widths)
+    return Dim(tuple((axis,) for axis in axes), "read")
 
 
 def _side_by_side(state: Draft, size: int) -> Dim | None:
@@ -323,26 +340,6 @@ def _side_by_side(state: Draft, size: int) -> Dim | None:
         if heads and size == layers * state.sizes[heads]:
             return Dim(((state.axis("layers", layers, "layers", ""), heads),), "read")
     return None
-
-
-def _raw_if(state: Draft, name: str, dim: Dim) -> Dim:
-    """The axis `raw` where a map reads the residual stream without a norm's weight before it."""
-    if dim.side != "read" or not {"hidden"} <= set(dim.parts[0]) or is_post_norm(state):
-        return dim
-    if state.model.get_output_embeddings() is state.model.get_submodule(name) and head_norm_of(state):
-        return dim  # what the class does between its last norm and its head is a candidate of its own
-    while name and name not in state.seen.inputs:
-        name = name.rpartition(".")[0]
-    given = state.seen.inputs.get(name)
-    if given is None or given.shape[-1] % state.hidden or given.shape[-1] != _length(state, dim):
-        return dim
-    if norm_before(state, probe.rows(given)) or norm_before(state, vectors(given, dim, state.hidden)):
-        return dim
-    return Dim((tuple("raw" if axis == "hidden" else axis for axis in dim.parts[0]),), "read")
-
-
-def _length(state: Draft, dim: Dim) -> int:
-    return prod(state.sizes[axis] for axis in dim.parts[0])
 
 
 def _norm_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> Layout:
@@ -370,30 +367,3 @@ def _head_axes(state: Draft, name: str, module: nn.MultiheadAttention) -> tuple[
     heads = state.axis("heads", module.num_heads, "query_heads", name)
     kinds = (("query", "query"), ("key", "key"), ("value", "linear"))
     return tuple((heads, state.axis(kind, module.head_dim, role, name)) for kind, role in kinds)
-
-
-def _expert_count(state: Draft, name: str, module: nn.Module) -> int | None:
-    """How many experts a module holds, stacked in tensors of three dimensions."""
-    if isinstance(module, CONVOLUTIONS) or state.is_elsewhere(name):
-        return None
-    stacked = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3} - {1, state.hidden}
-    return stacked.pop() if len(stacked) == 1 else None
-
-
-def _expert_layout(state: Draft, name: str, kind: str, shape: tuple[int, ...]) -> Layout:
-    """Stacked experts: [experts, .., ..], the feed-forward maps of all of them, and [experts, ..], their biases."""
-    down = "down" in kind or "output" in kind or "w2" in kind
-    experts = Dim(((state.axis("experts", shape[0], "experts", name),),), "read" if down else "write")
-    if state.hidden not in shape[1:] and (len(shape) == 3 or down):
-        return (experts, *(FIXED,) * (len(shape) - 1))
-    other = next((size for size in shape[1:] if size != state.hidden), state.hidden)
-    if len(shape) == 2 and down:
-        return (experts, Dim((("hidden",),), "write"))
-    ffn = other if down or "gate_up" not in kind else other // 2
-    axis = state.axis("expert_ffn", ffn, "elementwise", name)
-    if len(shape) == 2:
-        return (experts, Dim(((axis,),) * (other // ffn), "write"))
-    unit = Dim(((axis,),) * (other // ffn), "read" if down else "write")
-    stream = Dim((("hidden",),), "write" if down else "read")
-    stream = _raw_if(state, name, stream)
-    return (experts, stream, unit) if shape[1] == state.hidden else (experts, unit, stream)

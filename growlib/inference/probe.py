@@ -10,7 +10,7 @@ moved at one position, and what then changes at the input of the next linear map
     whole heads,   at other positions           a key
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,7 +94,7 @@ def hooked(model: nn.Module, hook: Callable[[str, nn.Module, Any, Any], Any]) ->
 
 
 @torch.no_grad()
-def trace(model: PreTrainedModel) -> Trace:
+def trace(model: PreTrainedModel, inputs: Sequence[dict[str, Tensor]] | None = None) -> Trace:
     """Run on each kind of input and keep the first input and output of every module; text alone comes first."""
     seen = Trace()
 
@@ -105,7 +105,7 @@ def trace(model: PreTrainedModel) -> Trace:
         if result is not None and name not in seen.outputs:
             seen.outputs[name] = result.detach().clone()
 
-    for number, given in enumerate(every_input(model)):
+    for number, given in enumerate(every_input(model) if inputs is None else inputs):
         with hooked(model, keep):
             model(**given)
         if number == 0:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.media import PLACEHOLDER
-from growlib.parts import flat, part_in, rebuilt
+from growlib.parts import flat, part_in, rebuilt, text_part
 
 LEAST = 16  # smaller numbers are counts, which decide what is built
 SMALL = 40
@@ -26,11 +26,12 @@ def lessened(
 ) -> dict[str, Any]:
     """Smaller values of the fields that make a model large, those that save most first, until it is below the limit.
 
-    The fields in `fixed` stay. Those of one part with one value get smaller together: what one writes another may read.
+    The fields in `fixed` stay. Those with one value, in the text or outside it, get smaller together: what one writes
+    another may read.
     Where nothing more can be saved, what was found so far.
     """
     saving: list[tuple[int, dict[str, Any]]] = []
-    for options in _options(flat(config), fixed):
+    for options in _options(flat(config), text_part(config), fixed):
         built = ((_count_with(model_class, config, fields), fields) for fields in options)
         saving += [found for found in built if found[0]][:1]
     chosen: dict[str, Any] = {}
@@ -45,15 +46,15 @@ def lessened(
     return chosen
 
 
-def _options(fields: Mapping[str, Any], fixed: Collection[str]) -> Iterator[list[dict[str, Any]]]:
+def _options(fields: Mapping[str, Any], text: str, fixed: Collection[str]) -> Iterator[list[dict[str, Any]]]:
     """For each number, and each list of numbers, that may be made smaller: powers of two below it."""
-    equal: dict[tuple[str, str], list[str]] = {}
+    equal: dict[tuple[bool, str], list[str]] = {}
     for name, value in fields.items():
         numbers = value if isinstance(value, list | tuple) else [value]
         if name in fixed or PLACEHOLDER.search(name) or not numbers:
             continue
         if all(type(number) is int for number in numbers) and max(numbers) > SMALL and min(numbers) > 0:
-            equal.setdefault((part_in(name), str(value)), []).append(name)
+            equal.setdefault((part_in(name) == text, str(value)), []).append(name)
     for names in equal.values():
         value = fields[names[0]]
         numbers = value if isinstance(value, list | tuple) else [value]

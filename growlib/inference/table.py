@@ -23,6 +23,7 @@ def table_of(state: Draft, base: Skeleton, others: list[Build]) -> Architecture:
     alike = [b for b in others if {state.row_of(base.base(name)) for name in b.skeleton.shapes} == rows]
     bound = [b.field for b in others if b not in alike and value_of(base.config, b.field) == state.hidden]
     _only_hidden(state, base, alike)
+    _only_vocab(state, base, alike)
     sizes = choose(
         state.sizes, hints, state.rows, state.row_of, base, alike, state.part, {stack.layers for stack in state.stacks}
     )
@@ -49,10 +50,10 @@ def table_of(state: Draft, base: Skeleton, others: list[Build]) -> Architecture:
     )
 
 
-def _only_hidden(state: Draft, base: Skeleton, others: list[Build]) -> None:
-    """Dimensions that have the width's length by chance keep theirs: those that it does not explain in every build."""
+def _only_by_chance(state: Draft, base: Skeleton, others: list[Build], axis: str) -> list[tuple[str, int]]:
+    """The dimensions that have the axis's length by chance: those that its field does not explain in every build."""
     skeletons = [base, *(build.skeleton for build in others if not build.was_absent)]
-    fields = [f for f, v in flat(base.config).items() if type(v) is int and v == state.hidden]
+    fields = [f for f, v in flat(base.config).items() if type(v) is int and v == state.sizes.get(axis)]
 
     def chance(field: str) -> set[tuple[str, int]]:
         return {
@@ -61,13 +62,27 @@ def _only_hidden(state: Draft, base: Skeleton, others: list[Build]) -> None:
             for name, shape in skeleton.shapes.items()
             for row in [state.row_of(skeleton.base(name))]
             for i, (dim, length) in enumerate(zip(state.rows.get(row, ()), shape, strict=False))
-            if set(dim.parts) == {("hidden",)} and length != len(dim.parts) * value_of(skeleton.config, field)
+            if set(dim.parts) == {(axis,)} and length != len(dim.parts) * value_of(skeleton.config, field)
         }
 
-    for row, i in min(map(chance, fields), key=len, default=set()):
+    return min((sorted(chance(field)) for field in fields), key=len, default=[])
+
+
+def _only_hidden(state: Draft, base: Skeleton, others: list[Build]) -> None:
+    """Dimensions that have the width's length by chance keep theirs."""
+    for row, i in _only_by_chance(state, base, others, "hidden"):
         layout = state.rows[row]
         fixed = replace(FIXED, side=layout[i].side)
         state.rows[row] = (*layout[:i], fixed, *layout[i + 1 :])
+
+
+def _only_vocab(state: Draft, base: Skeleton, others: list[Build]) -> None:
+    """Tables that are as long as the vocabulary by chance have an axis of their own."""
+    for row, i in _only_by_chance(state, base, others, "vocab"):
+        layout = state.rows[row]
+        if layout[i].side == "read":
+            own = state.axis(f"{row.rpartition('.')[0].rpartition('.')[2]}_rows", state.sizes["vocab"], "lookup", "")
+            state.rows[row] = (*layout[:i], replace(layout[i], parts=((own,),)), *layout[i + 1 :])
 
 
 def _known(dim: Dim, sizes: dict[str, str]) -> Dim:

@@ -36,6 +36,7 @@ def _joined(text: Architecture, part: str, tower: Architecture) -> Architecture:
         axes={**text.axes, **tower.axes},
         tensors=rows,
         weighed={**text.weighed, **tower.weighed},
+        powers={**text.powers, **tower.powers},
         follows={**tower.follows, **text.follows},
         proven={**(text.proven or {}), **(tower.proven or {})},
         candidates=(*text.candidates, *tower.candidates),

@@ -62,7 +62,8 @@ def trial(
         told = refusal.wrong if built else why.of_class(refusal.__cause__ or refusal, fields, model.config)
         return Trial(frozenset(), Verdict("refused", told))
     except Exception as failure:  # whatever a class of transformers raises
-        return Trial(frozenset(), Verdict("refused", why.of_class(failure, fields, model.config)))
+        told = f"it cannot be grown: {failure}" if built else why.of_class(failure, fields, model.config)
+        return Trial(frozenset(), Verdict("refused", told))
     if worst <= TOLERANCE:
         return Trial(grew, EXACT, worst)
     return Trial(grew, Verdict("inexact", why.DIFFERS.format(worst)), worst)

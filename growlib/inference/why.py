@@ -14,6 +14,7 @@ from growlib.checkpoint.loading import skeleton
 from growlib.errors import GrowError
 from growlib.inference import probe
 from growlib.inference.probe import Trace
+from growlib.outputs import every_input
 from growlib.parts import flat, last_word, parts_of, value_of
 
 DIFFERS = "a tiny model differs by {:.1g} of its outputs' spread"
@@ -89,12 +90,12 @@ def _of_width(growth: Growth, fields: Mapping[str, Any], table: Architecture, mo
     width = value_of(model.config, field)
     if field not in fields or not isinstance(width, int):
         return ""
-    seen = probe.trace(model)
-    if computed := _computed(model, seen, width):
+    if computed := _computed(model, probe.trace(model), width):
         return f"{computed} computes positions from {field}: at another width, other values stand at the old entries"
     if growth.ratio != "x1.5":
         return ""
-    placed = list(_norms_of_all(table, model, seen, width))
+    each = [probe.trace(model, [given]) for given in every_input(model)]  # an image or a sound joins the text's stream
+    placed = list(dict.fromkeys(name for seen in each for name in _norms_of_all(table, model, seen, width)))
     only = f"so that only whole multiples of {field} are exact"
     return f"{' and '.join(placed)}: it sees the new entries too, {only}" if placed else ""
 
