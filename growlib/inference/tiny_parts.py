@@ -90,7 +90,14 @@ def _small_part(fields: Mapping[str, Any]) -> dict[str, Any]:
                 made[name] = list(range(min(len(value), 3, layers)))
         elif isinstance(value, list) and len(value) == layers > 3:
             made[name] = value[:3]
-    return made
+    return made | _side_by_side(fields, made, width)
+
+
+def _side_by_side(fields: Mapping[str, Any], made: Mapping[str, Any], width: int) -> dict[str, int]:
+    """What puts out the last layer and those that a list names, one beside the other (Mllama's `vision_output_dim`)."""
+    named = {1 + len(v): 1 + len(made[n]) for n, v in fields.items() if isinstance(v, list) and len(v) != len(made[n])}
+    counts = {n: v // width for n, v in fields.items() if PUT_OUT.search(n) and type(v) is int and width}
+    return {n: 40 * named[count] for n, count in counts.items() if count in named and fields[n] == count * width}
 
 
 def _feature_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
