@@ -157,6 +157,16 @@ def test_layers_of_several_kinds_get_deeper(case):
         assert apart(small, growlib.expand(small, plan)) < 1e-5
 
 
+def test_a_second_table_of_the_same_ids_grows_with_the_first():
+    name, options, _ = {**QUICK, **SLOW}["a dict by number, and an embedding of each layer"]
+    small = built(name, options)
+    plan = growlib.plan(small, {"vocab_size": 120})
+    big = growlib.expand(small, plan)
+    assert plan.exact
+    assert big.config.vocab_size_per_layer_input == 120
+    assert big(input_ids=torch.tensor([[96, 97, 119]])).logits.shape == (1, 3, 120)
+
+
 @pytest.mark.slow
 def test_layers_of_a_kind_that_the_source_lacks_are_drawn():
     small = built("JambaForCausalLM", {**DECODER, "num_experts": 4, "mamba_dt_rank": 4, "use_cache": False})

@@ -26,7 +26,7 @@ COLUMNS = {
     "ffn": {"FFN"},
     "vocab": {"vocabulary"},
 }
-WORDS = {"depth", "hidden", "hidden x1.5", "heads", "head_dim", "ffn", "experts"}
+WORDS = {"depth", "hidden", "hidden x1.5", "heads", "head_dim", "ffn", "experts", "table"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,7 +45,9 @@ def test_a_cause_names_what_exists_and_what_is_not_exact(entry):
     page = architectures.Page.read(PAGE)
     columns = ["depth", *architectures.GROWTHS]
     wanted = set().union(*(COLUMNS.get(size, {size}) for size in entry["sizes"]))
-    for name in entry["types"]:
+    assert set(entry["types"]) & (page.marks.keys() | page.refused.keys())
+    assert "table" in entry["sizes"] or not set(entry["types"]) & page.refused.keys()
+    for name in page.marks.keys() & set(entry["types"]):
         marks = dict(zip(columns, page.marks[name], strict=True))
         assert any(marks[column] in "◐○" for column in wanted), name
 

@@ -121,9 +121,14 @@ def _per_token(config: Any, axes: dict[str, Axis]) -> tuple[dict[str, Axis], dic
 
 
 def _follows(axes: dict[str, Axis]) -> dict[str, str]:
-    """Heads grow with the width where head_dim is the one over the other."""
+    """Heads grow with the width where head_dim is the one over the other; a second table of the same ids with the first.
+
+    The second table is Gemma's `vocab_size_per_layer_input`.
+    """
     following = {}
     for axis in axes.values():
+        if "vocab" in axes and axis.size.startswith(axes["vocab"].size + "_"):
+            following[axis.size] = axes["vocab"].size
         width, divided, heads = axis.size.partition(" / ")
         if divided and width == axes["hidden"].size and any(a.size == heads for a in axes.values()):
             following[heads] = width
