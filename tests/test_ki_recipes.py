@@ -16,6 +16,7 @@ import estimators
 import generations
 import growlib
 import ki_ablations
+import student_factors
 import teacher_factors
 from base import study
 from base.aids import Aid
@@ -38,6 +39,7 @@ MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\neva
         pytest.param(generations, 7, marks=pytest.mark.slow),
         pytest.param(domain_adaptation, 38, marks=pytest.mark.slow),
         pytest.param(teacher_factors, 13, marks=pytest.mark.slow),
+        pytest.param(student_factors, 7, marks=pytest.mark.slow),
         pytest.param(estimators, 6, marks=pytest.mark.slow),
         pytest.param(after_growth, 13, marks=pytest.mark.slow),
         (ki_ablations, 21),
@@ -260,3 +262,28 @@ def test_the_most_memory_at_once_is_counted():
             del one, two
 
     assert peak_bytes(work) == 12000
+
+
+def test_a_teacher_that_knows_nothing_is_label_smoothing(tmp_path):
+    """Up to a constant, in the values and in the gradients."""
+    lab = Lab(load_preset("miniature"), tmp_path, train_tokenizer(["one text"], 320), {})
+    teacher = type(llama()).from_pretrained(student_factors.uniform(lab).path, trust_remote_code=False)
+    rows = torch.arange(12).reshape(2, 6)
+    known = teacher(input_ids=rows).logits.double()
+    ours = torch.randn(known.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    smoothed = torch.nn.functional.cross_entropy(ours.flatten(0, 1), rows.flatten(), label_smoothing=0.2)
+    (wanted,) = torch.autograd.grad(smoothed, ours)
+    taught = growlib.ki.ki_loss(ours, rows, known, alpha=0.2).loss
+    (found,) = torch.autograd.grad(taught, ours)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(smoothed - taught, torch.tensor(0.2 * np.log(320)))
+
+
+def test_other_batches_are_as_many_tokens():
+    setting = load_preset("tokens")
+    for factor in student_factors.BATCHES.values():
+        other = student_factors.with_batches(setting, factor)
+        assert other.training.batch_size == factor * setting.training.batch_size
+        tokens = [each.training.steps * each.training.batch_size for each in (setting, other)]
+        assert tokens[0] == tokens[1]
+        assert other.learning_rate["knowledge"] == pytest.approx(setting.learning_rate["knowledge"] * factor**0.5)
