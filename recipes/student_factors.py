@@ -1,12 +1,13 @@
 """Which students gain from a teacher? Students that differ in one thing each, beside the same students without one.
 
-    python recipes/student_factors.py --preset tokens --seeds 3    # one CPU core
+    python recipes/student_factors.py --preset tokens --seeds 3    # one CPU core, 10 minutes a seed
     python recipes/student_factors.py --preset miniature           # seconds, for CI; its numbers mean nothing
 
-Size: three pairs of a teacher and a student twice as wide, of which the middle one is the preset's. Sequences per step:
-half and twice the preset's, at as many tokens, with the rate times the square root. Label smoothing, the control (arXiv
-2105.13880, Table 10, A.1, A.3): a teacher that finds every token equally likely, heard to the end, is label smoothing
-up to a constant. `gain` is against the same student alone, with the same seed. Expected result: none yet.
+Width: three pairs of a teacher and its student; the second pair is the preset's, the others are half and twice as wide.
+Sequences per step: half and twice the preset's, at as many tokens, with the rate times the square root. Label
+smoothing, the control (arXiv 2105.13880, Table 10, A.1, A.3): a teacher that finds every token equally likely, heard to
+the end, is label smoothing up to a constant. `gain` is against the same student alone, with the same seed. Expected
+result: docs/results/knowledge.md.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """What is left of the saving where training is long? Each arm at several numbers of tokens per parameter.
 
-    python recipes/tokens_per_parameter.py                                  # on one CPU core
+    python recipes/tokens_per_parameter.py                                  # on one CPU core, an hour
     python recipes/tokens_per_parameter.py --per-parameter 1,20 --seeds 1 --arms scratch,weights,both --teacher better/
     python recipes/tokens_per_parameter.py --preset miniature               # a minute, for CI; its numbers mean nothing
 
@@ -8,7 +8,7 @@ The small model gets a share of the steps that the arms get, so it is trained in
 model trained on for the FLOPs of the costliest arm, sees so many tokens per parameter of the target. Each arm trains
 at its own best learning rate: the first seed tries all of the preset's at the middle number, and the lowest loss at
 the end wins. OUT gets tokens.json, tokens.png and tokens.md. Finished trainings stay there too, and the next run uses
-them. Expected result: none yet.
+them. Expected result: docs/results/tokens.md.
 """
 
 import argparse

@@ -36,13 +36,13 @@ MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\neva
 @pytest.mark.parametrize(
     ("recipe", "count"),
     [
-        pytest.param(generations, 7, marks=pytest.mark.slow),
+        (generations, 7),
         pytest.param(domain_adaptation, 38, marks=pytest.mark.slow),
         pytest.param(teacher_factors, 13, marks=pytest.mark.slow),
         pytest.param(student_factors, 7, marks=pytest.mark.slow),
         pytest.param(estimators, 6, marks=pytest.mark.slow),
         pytest.param(after_growth, 13, marks=pytest.mark.slow),
-        (ki_ablations, 21),
+        pytest.param(ki_ablations, 21, marks=pytest.mark.slow),
     ],
 )
 def test_a_study_runs_and_a_second_run_uses_its_models(recipe, count, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from base import moments, ranking, shares, study
+from base import horizons, moments, ranking, shares, study
 from base.report import as_markdown
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -21,6 +21,9 @@ TABLES = {
     "after/after-4e-3.json": lambda content: study.table(content["results"]),
     "lifelong/lifelong.json": lambda content: study.table(content["results"]),
     "lifelong/rates.json": lambda content: study.table(content["results"]),
+    "tokens/tokens.json": horizons.table,
+    "tokens/tokens-8e-3.json": horizons.table,
+    "knowledge/student-factors.json": lambda content: study.table(content["results"]),
     "downstream/downstream.json": lambda content: study.table(content["results"]),
 }
 
