@@ -121,9 +121,9 @@ def _per_token(config: Any, axes: dict[str, Axis]) -> tuple[dict[str, Axis], dic
 
 
 def _follows(axes: dict[str, Axis]) -> dict[str, str]:
-    """Heads grow with the width where head_dim is the one over the other; a second table of the same ids with the first.
+    """Heads grow with the width where head_dim is the one over the other.
 
-    The second table is Gemma's `vocab_size_per_layer_input`.
+    A second table of the same ids, such as Gemma's `vocab_size_per_layer_input`, grows with the first.
     """
     following = {}
     for axis in axes.values():
