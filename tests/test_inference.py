@@ -126,6 +126,11 @@ CASES = {  # sizes that the verifier never sees
         {**CAUSAL, **SHAPE, **GQA, "head_dim": 10},
         {**WIDER, "head_dim": 20, "num_hidden_layers": 5},
     ),
+    "gemma3, one KV head": (
+        T.Gemma3ForCausalLM,
+        {**CAUSAL, **SHAPE, "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 10},
+        {**WIDER, "head_dim": 20, "num_hidden_layers": 4},
+    ),
     "gemma2": (T.Gemma2ForCausalLM, {**CAUSAL, **SHAPE, **GQA, "head_dim": 8}, {**WIDER, "num_hidden_layers": 4}),
     "gemma3": (
         T.Gemma3ForCausalLM,

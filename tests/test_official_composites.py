@@ -262,7 +262,7 @@ PUBLISHED = {
     T.Llama4ForConditionalGeneration: LLAMA_4,
     T.MllamaForConditionalGeneration: MLLAMA,
     T.Gemma3ForConditionalGeneration: GEMMA_3,
-    T.PaliGemmaForConditionalGeneration: PALIGEMMA,
+    T.PaliGemmaForConditionalGeneration: PALIGEMMA,  # its one KV head grows as several do
     T.Qwen3VLForConditionalGeneration: QWEN_3,
     T.Qwen2_5_VLForConditionalGeneration: QWEN_2_5,
     T.Mistral3ForConditionalGeneration: MISTRAL_3,
@@ -280,10 +280,10 @@ QUICK = {T.Llama4ForConditionalGeneration}
     "cls",
     [pytest.param(cls, marks=() if cls in QUICK else pytest.mark.slow, id=cls.__name__) for cls in PUBLISHED],
 )
-def test_a_published_composite_grows_deeper_and_wider(cls, tmp_path, monkeypatch):
+def test_a_published_composite_grows_deeper_and_wider_and_gets_more_heads(cls, tmp_path, monkeypatch):
     monkeypatch.setenv("GROWLIB_CACHE", str(tmp_path))
     config = cls.config_class(**PUBLISHED[cls])
     table = growlib.infer(config, cls)
-    grown = [Growth("hidden", "x2"), Growth(table.stacks[0].layers, "deeper")]
+    grown = [Growth("hidden", "x2"), Growth("heads", "x2"), Growth(table.stacks[0].layers, "deeper")]
     grown += [] if cls in WHOLE else [Growth("hidden", "x1.5")]
     assert {growth: table.proven[growth] for growth in grown if not table.proven[growth].exact} == {}

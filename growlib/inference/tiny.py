@@ -192,6 +192,8 @@ def _small(before: Mapping[str, Any], counts: Mapping[str, int], of_each: int) -
             continue
         if isinstance(value, int) and SIZE_OF.get(name) == 48 and value in wide:
             fields[name] = 64  # a field that says the hidden size again goes on to do so
+        elif value == 1 and name in KV_HEADS:
+            fields[name] = 2  # one for all query heads: what it moves cannot be told from what the whole layer writes
         elif isinstance(value, int) and SIZE_OF.get(name, 3) != 3:
             fields[name] = min(value, SIZE_OF[name]) if SIZE_OF[name] < 4 else SIZE_OF[name]
         elif isinstance(value, list) and SIZE_OF.get(name, 3) != 3:
