@@ -1,6 +1,7 @@
 """Why a growth is not exact, in words: causes that are found on the tiny model, and those that a data file names."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,11 @@ FOUND = {
     "a norm in the first layer": (T.RwkvConfig, Growth("hidden", "x1.5"), "blocks.0.pre_ln"),
     "a norm behind an activation": (T.EsmConfig, Growth("hidden", "x1.5"), "reads an activation (lm_head.layer_norm)"),
     "computed positions": (T.XGLMConfig, Growth("hidden", "x2"), "embed_positions computes positions from d_model"),
+    "a tied head behind a norm without weights": (
+        partial(T.OlmoConfig, tie_word_embeddings=True),
+        Growth("hidden", "x2"),
+        "its head is its embedding",
+    ),
     "stretched frequencies": (T.Ministral3Config, Growth("query", "x2"), "YaRN"),
     "a norm on a sound's way": (T.MossTranscribeDiarizeConfig, Growth("hidden", "x1.5"), "multi_modal_projector.norm"),
     "what the class refuses": (T.BambaConfig, Growth("hidden", "x2"), "the heads of its scan must fill the width"),

@@ -20,6 +20,7 @@ from growlib.parts import flat, last_word, parts_of, value_of
 DIFFERS = "a tiny model differs by {:.1g} of its outputs' spread"
 TABLE = "table"  # the data file's word where a type grows in no size
 FILE = Path(__file__).with_name("not_exact.toml")
+TIED = "its head is its embedding, and the norm before it has no weight: nothing takes up the scale of the new entries"
 YARN = "YaRN rounds, by head_dim, where its stretch of the rotary frequencies begins: the old frequencies change"
 # What the data file calls a growth: the last word of the axis's name, without the number of a second one.
 SIZES = {"query": "head_dim", "key": "head_dim", "value": "head_dim", "kv_heads": "heads", "expert_ffn": "ffn"}
@@ -92,12 +93,19 @@ def _of_width(growth: Growth, fields: Mapping[str, Any], table: Architecture, mo
         return ""
     if computed := _computed(model, probe.trace(model), width):
         return f"{computed} computes positions from {field}: at another width, other values stand at the old entries"
+    if not table.head_norm and _is_tied(model):
+        return TIED
     if growth.ratio != "x1.5":
         return ""
     each = [probe.trace(model, [given]) for given in every_input(model)]  # an image or a sound joins the text's stream
     placed = list(dict.fromkeys(name for seen in each for name in _norms_of_all(table, model, seen, width)))
     only = f"so that only whole multiples of {field} are exact"
     return f"{' and '.join(placed)}: it sees the new entries too, {only}" if placed else ""
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
 
 
 def _computed(model: PreTrainedModel, seen: Trace, width: int) -> str:
