@@ -117,8 +117,16 @@ def test_a_tensor_that_no_table_knows():
 
 
 def test_a_model_type_that_cannot_be_inferred():
-    with pytest.raises(GrowError, match=r"building a tiny XLNetLMHeadModel"):
-        growlib.plan(T.XLNetLMHeadModel(T.XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=2)), {"d_model": 16})
+    seen = {
+        "hidden_size": 8,
+        "intermediate_size": 9,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+    }
+    model = T.CLIPForImageClassification(T.CLIPConfig(vision_config=seen))
+    with pytest.raises(GrowError, match=r"building a tiny CLIPForImageClassification"):
+        growlib.plan(model, {"vision_config": {"num_hidden_layers": 2}})
 
 
 @pytest.mark.parametrize("method", ["stak", "lossless+lossless+stack", "stack+lossless", ""])

@@ -13,7 +13,7 @@ from growlib import GrowError
 from growlib.apply import grow_tensor
 from growlib.config import settled
 from growlib.growth_plan import TensorPlan
-from growlib.inference import smaller
+from growlib.inference import smaller, why
 from growlib.inference.probe import is_added, trace
 from growlib.inference.tiny import LARGEST, tiny_config, tiny_model
 from growlib.layouts import parse_layout
@@ -143,6 +143,7 @@ def test_what_a_config_derives_and_does_not_let_be_set_stays_as_asked():
                 assert settled(config_class(), {name: 7})
 
 
-def test_a_class_without_a_width_says_so():
+def test_a_class_without_a_width_says_so(monkeypatch):
+    monkeypatch.setattr(why, "_entries", list)
     with pytest.raises(GrowError, match="no config field says how wide its blocks are"):
         growlib.infer(T.PvtConfig())

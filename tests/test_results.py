@@ -14,6 +14,9 @@ DOCS = Path(__file__).parent.parent / "docs"
 TABLES = {
     "when/when.json": shares.table,
     "methods/methods.json": ranking.table,
+    "defaults/gpt2.json": ranking.table,
+    "defaults/x1.5.json": ranking.table,
+    "defaults/little.json": ranking.table,
     "bert/bert.json": ranking.table,
     "bert/kept.json": ranking.table,
     "progressive/progressive.json": moments.table,
@@ -67,7 +70,7 @@ def test_heads_in_a_long_training_are_those_of_the_runs():
 @pytest.mark.parametrize("model", ["gpt2", "bert"])
 def test_the_rates_are_those_of_the_runs(model):
     found = json.loads((DOCS / "results/defaults/rates.json").read_text())["runs"][model]
-    section = (DOCS / "results/defaults.md").read_text().split(f"--model {model}`")[1]
+    section = (DOCS / "results/defaults.md").read_text().split(f"--model {model}`")[-1]
     for name, row in {"small": "small model", "scratch": "scratch", "weights": "weights"}.items():
         cells = re.search(rf"^\| {row} \| (.*) \|$", section, re.MULTILINE)[1]
         losses = [run["loss"] for run in found if run["name"] == name and run["learning_rate"] != 6e-3]
