@@ -170,17 +170,16 @@ def _own_source() -> bytes:
 
 
 def _examined(model_class: type[PreTrainedModel], small: PreTrainedConfig, part: str) -> Architecture:
-    """The same as `examine`. A tower whose tensors cannot be told apart is refused: the text grows without it."""
+    """The same as `examine`. A class whose tensors cannot be told apart is refused, whatever it raises on the way."""
     try:
         return examine(model_class, small, part)
     except GrowError:
         raise
     except Exception as error:  # whatever a class of transformers leads to
-        if not part:
-            raise
         wrong = f"its tensors cannot be told apart ({type(error).__name__}: {error})"
-        asked = f"inferring the table of the {part} of {model_class.__name__}"
-        raise GrowError(asked, wrong, "the growth of another part") from error
+        asked = f"inferring the table of {f'the {part} of ' if part else ''}{model_class.__name__}"
+        valid = "the growth of another part" if part else "a table in growlib/architectures"
+        raise GrowError(asked, wrong, valid) from error
 
 
 def examine(model_class: type[PreTrainedModel], small: PreTrainedConfig, part: str = "") -> Architecture:
