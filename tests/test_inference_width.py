@@ -147,3 +147,13 @@ def test_a_class_without_a_width_says_so(monkeypatch):
     monkeypatch.setattr(why, "_entries", list)
     with pytest.raises(GrowError, match="no config field says how wide its blocks are"):
         growlib.infer(T.PvtConfig())
+
+
+@pytest.mark.slow
+def test_a_source_that_its_inferred_table_does_not_explain_is_said_to_be_one():
+    """FSMT has as many positions as its field says, and one, and the id of its padding."""
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 40}
+    config = T.FSMTConfig(langs=["en", "de"], src_vocab_size=61, tgt_vocab_size=61, **sizes, **heads)
+    with pytest.raises(GrowError, match=r"has the shape \(42, 32\).*Valid: \(41, 32\), by config and table"):
+        growlib.plan(T.FSMTForConditionalGeneration(config), {"encoder_ffn_dim": 64})

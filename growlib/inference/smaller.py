@@ -27,8 +27,7 @@ def lessened(
     """Smaller values of the fields that make a model large, those that save most first, until it is below the limit.
 
     The fields in `fixed` stay. Those with one value, in the text or outside it, get smaller together: what one writes
-    another may read.
-    Where nothing more can be saved, what was found so far.
+    another may read. Where nothing more can be saved, what was found so far.
     """
     saving: list[tuple[int, dict[str, Any]]] = []
     for options in _options(flat(config), text_part(config), fixed):
