@@ -218,7 +218,7 @@ def test_every_preset_loads(name):
 def test_there_are_presets():
     of_recipes = {"bert", "downstream", "lifelong", "methods", "progressive", "tokens", "when"}
     of_demo = {"demo", "demo-little-data", "demo-long", "demo-teacher"}
-    assert set(presets()) == {*of_demo, *of_recipes, "gpu", "gpu-20", "miniature"}
+    assert set(presets()) == {*of_demo, *of_recipes, "gpu", "gpu-20", "gpu-teacher", "miniature"}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
-    apply_converters,
     build_glob_alternation,
     dot_natural_key,
     rename_source_key,
@@ -234,7 +233,7 @@ class Written:
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         together: dict[str, list[str]] = defaultdict(list)
         for name in state:
-            renamed, pattern = apply_converters(name, converters)
+            renamed, pattern = rename_source_key(name, [], converters)
             together[name if pattern is None else f"{renamed} made of several"].append(name)
         for names in together.values():
             yield Saved(tuple(names), self.stored({name: state[name] for name in names}))

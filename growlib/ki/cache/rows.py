@@ -1,7 +1,7 @@
 """The lines of a .jsonl file as examples: token ids, a text, or the messages of a conversation."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ def _encoded(asked: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
         raise GrowError(asked, f"its text is a {type(row[name]).__name__}", EXAMPLE)
     if name == "messages" and not tokenizer.chat_template:
         raise GrowError(asked, "the teacher's tokenizer has no chat template for its messages", "text, or input_ids")
+    if name == "messages" and not _are_messages(row[name]):  # some versions of transformers take them
+        raise GrowError(asked, "its messages cannot be encoded: they are no list of messages", EXAMPLE)
     try:
         if name == "text":
             encoded: Any = tokenizer(row[name], verbose=False)
@@ -91,3 +93,7 @@ def _encoded(asked: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
         return list(encoded["input_ids"])
     except Exception as error:  # templates raise errors of their own
         raise GrowError(asked, f"its {name} cannot be encoded ({first_line(error)})", EXAMPLE) from error
+
+
+def _are_messages(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(message, Mapping) for message in found)
