@@ -286,6 +286,13 @@ def test_what_is_not_proven_is_said():
         growlib.expand(small, {"hidden_size": 36}, exact=True)
 
 
+def test_what_the_plan_says_itself_is_said_once_and_of_the_sizes_that_were_asked():
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    small = T.RobertaForMaskedLM(T.RobertaConfig(vocab_size=61, max_position_embeddings=20, **sizes))
+    (reason,) = growlib.plan(small, {"hidden_size": 36, "num_attention_heads": 6}).reasons
+    assert reason.startswith("hidden_size 24 -> 36 is not a whole multiple")
+
+
 def test_a_backbone_goes_on_to_put_out_its_last_layer():
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     small = randomise(T.Dinov2Model(T.Dinov2Config(**sizes)), 0, 0.2).eval()

@@ -149,11 +149,26 @@ def test_a_class_without_a_width_says_so(monkeypatch):
         growlib.infer(T.PvtConfig())
 
 
-@pytest.mark.slow
-def test_a_source_that_its_inferred_table_does_not_explain_is_said_to_be_one():
-    """FSMT has as many positions as its field says, and one, and the id of its padding."""
+def fsmt(padding):
+    """As many positions as its field says, and one, and the id of its padding."""
     sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 1, "decoder_layers": 1}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 40}
-    config = T.FSMTConfig(langs=["en", "de"], src_vocab_size=61, tgt_vocab_size=61, **sizes, **heads)
-    with pytest.raises(GrowError, match=r"has the shape \(42, 32\).*Valid: \(41, 32\), by config and table"):
-        growlib.plan(T.FSMTForConditionalGeneration(config), {"encoder_ffn_dim": 64})
+    words = {"langs": ["en", "de"], "src_vocab_size": 61, "tgt_vocab_size": 61, "pad_token_id": padding}
+    return T.FSMTForConditionalGeneration(T.FSMTConfig(**words, **sizes, **heads))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [{"encoder_ffn_dim": 64}, {"max_position_embeddings": 70}])
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_rows_that_no_field_counts_stay(padding, wanted):
+    small = randomise(fsmt(padding), 0).eval()
+    assert small.model.encoder.embed_positions.weight.shape == (41 + padding, 32)
+    assert growlib.verify(small, growlib.expand(small, wanted, exact=True)).exact
+
+
+@pytest.mark.slow
+def test_a_source_that_its_inferred_table_does_not_explain_is_said_to_be_one():
+    small = fsmt(1)
+    small.model.encoder.layers[0].fc1 = torch.nn.Linear(32, 50)
+    with pytest.raises(GrowError, match=r"has the shape \(50, 32\).*Valid: \(48, 32\), by config and table"):
+        growlib.plan(small, {"encoder_ffn_dim": 64})

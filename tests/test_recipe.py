@@ -144,9 +144,8 @@ def test_interrupted_run_goes_on(two_steps, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "out").rglob(".*"))
 
 
-@pytest.mark.parametrize("model", ["gpt2", "bert"])
+@pytest.mark.parametrize("model", sorted(MODELS.keys() - {"llama"}))
 def test_other_architectures(model, two_steps, tmp_path):
-    assert set(MODELS) == {"llama", "gpt2", "bert"}
     out = tmp_path / "out"
     assert recipe.main(["--preset", two_steps, "--model", model, "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())

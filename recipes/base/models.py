@@ -13,6 +13,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 
 from base.setting import Sizes
@@ -28,6 +30,7 @@ class Model:
     sizes: Mapping[str, str]  # the recipe's word -> the config's field
     length: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    reserved: int = 0  # positions in front of the first token's
 
 
 _HF_NAMES = {
@@ -36,6 +39,8 @@ _HF_NAMES = {
     "heads": "num_attention_heads",
     "ffn": "intermediate_size",
 }
+
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 MODELS = {
     "llama": Model(
@@ -57,7 +62,15 @@ MODELS = {
         BertForMaskedLM,
         _HF_NAMES,
         "max_position_embeddings",
-        {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        _NO_DROPOUT,
+    ),
+    "roberta": Model(
+        RobertaConfig,
+        RobertaForMaskedLM,
+        _HF_NAMES,
+        "max_position_embeddings",
+        {**_NO_DROPOUT, "pad_token_id": 0},  # the class needs one: the separator's place says nothing then
+        reserved=1,  # its positions are counted from pad_token_id + 1
     ),
 }
 
@@ -78,13 +91,13 @@ def build_config(
     row: Model, sizes: Sizes, *, vocab_size: int, length: int, initializer_range: float, separator: int
 ) -> PreTrainedConfig:
     """The config of a model from scratch; `separator` is the id of the token between two documents."""
-    return row.config(
-        vocab_size=vocab_size,
-        initializer_range=initializer_range,
-        bos_token_id=separator,
-        eos_token_id=separator,
-        pad_token_id=None,  # nothing is padded; as padding a token would get no gradient
-        **{row.length: length},
+    fields = {
+        "vocab_size": vocab_size,
+        "initializer_range": initializer_range,
+        "bos_token_id": separator,
+        "eos_token_id": separator,
+        "pad_token_id": None,  # nothing is padded; as padding a token would get no gradient
+        row.length: length + row.reserved,
         **size_fields(row, sizes),
-        **row.fixed,
-    )
+    }
+    return row.config(**{**fields, **row.fixed})
