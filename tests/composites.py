@@ -292,7 +292,6 @@ COMPOSITES = {
 
 # Exact at whole multiples of the text's width only.
 WHOLE_MULTIPLES = {
-    "Llama4ForConditionalGeneration",
     "Glm4vForConditionalGeneration",
     "Idefics2ForConditionalGeneration",
 }

@@ -272,7 +272,7 @@ PUBLISHED = {
     T.VoxtralForConditionalGeneration: VOXTRAL,
     T.GitForCausalLM: GIT,
 }
-WHOLE = {T.MllamaForConditionalGeneration, T.GitForCausalLM}  # their width grows by whole multiples
+WHOLE = {T.GitForCausalLM}  # its width grows by whole multiples
 QUICK = {T.Llama4ForConditionalGeneration}
 
 
@@ -287,3 +287,15 @@ def test_a_published_composite_grows_deeper_and_wider_and_gets_more_heads(cls, t
     grown = [Growth("hidden", "x2"), Growth("heads", "x2"), Growth(table.stacks[0].layers, "deeper")]
     grown += [] if cls in WHOLE else [Growth("hidden", "x1.5")]
     assert {growth: table.proven[growth] for growth in grown if not table.proven[growth].exact} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [T.MllamaForConditionalGeneration, T.GotOcr2ForConditionalGeneration])
+def test_what_stands_before_the_text_has_axes_of_its_own(cls, tmp_path, monkeypatch):
+    """Mllama's cross-attention reads an image with keys and values, and norms queries and keys, unlike its
+    self-attention. The positions of GOT-OCR's tower are as many as heads by chance."""
+    monkeypatch.setenv("GROWLIB_CACHE", str(tmp_path))
+    table = growlib.infer(cls.config_class(), cls)
+    inexact = {growth: verdict for growth, verdict in table.proven.items() if not verdict.exact}
+    assert {growth.ratio for growth in inexact} == {"x1.5"}
+    assert all("rotary frequencies" in verdict.why for verdict in inexact.values())

@@ -36,6 +36,7 @@ class Draft:
     sizes: dict[str, int] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
     hints: dict[str, str] = field(default_factory=dict)
+    normed: dict[str, bool] = field(default_factory=dict)  # axes of queries and keys: whether a norm reads each head
     outputs: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = field(default_factory=dict)  # module -> parts, by
     inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)  # module -> axes
     part: str = ""  # of the config, whose axes are looked for; "": the text and the top level
@@ -73,14 +74,14 @@ class Draft:
         name = module.removeprefix(self.prefix) + "."
         return next((stack for stack in self.stacks if stack.layer_of(name) is not None), None)
 
-    def axis(self, name: str, size: int, role: str, module: str) -> str:
-        """An axis of this size for a module: one of its own in each stack, and for each size."""
+    def axis(self, name: str, size: int, role: str, module: str, normed: bool = False) -> str:
+        """An axis of this size for a module: one of its own in each stack, for each size, and behind a norm."""
         stack = self.stack_of(module)
         first = self.stacks[0] if self.stacks else None
         scope = "" if stack in (None, first) else re.split(r"\W", stack.block)[0] + "_" if stack else ""
         for number in range(1, 9):
             full = scope + name + (f"_{number}" if number > 1 else "")
-            if self.sizes.setdefault(full, size) == size:
+            if self.sizes.setdefault(full, size) == size and self.normed.setdefault(full, normed) == normed:
                 self.roles.setdefault(full, role)
                 self.hints.setdefault(full, HINTS.get(name, name))
                 scoped = stack or first

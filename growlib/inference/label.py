@@ -28,6 +28,7 @@ from growlib.inference.draft import (
     side_by_side,
     stacks_of,
     width_of,
+    writer_of,
     writes_unit,
 )
 from growlib.inference.rows import Unresolved, read_rows
@@ -127,6 +128,17 @@ def _linear_maps(state: Draft) -> None:
             _read(state, reader, writers)
         except Unresolved:
             continue
+    _read_beside(state)
+
+
+def _read_beside(state: Draft) -> None:
+    """A map that reads what a known one reads has its axes: keys and values of the same image."""
+    maps = {name: module for name, module in state.model.named_modules() if probe.is_linear(module)}
+    read = {name: probe.rows(state.seen.inputs[name]) for name in maps if name in state.seen.inputs}
+    known = {frozenset(rows): state.inputs[state.key(n)] for n, rows in read.items() if state.key(n) in state.inputs}
+    for name, rows in read.items():
+        if axes := known.get(frozenset(rows)):
+            state.inputs.setdefault(state.key(name), axes)
 
 
 def _is_mixed(rows: list[probe.Row]) -> bool:
@@ -162,7 +174,9 @@ def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> Non
         if axis == "kv_heads" and (size == 1 or shared):
             continue  # one KV head never grows; as many as query heads are the same axis
         kind = "pooled" if axis == "ffn" and state.stack_of(reader) is None else axis
-        names[axis] = state.axis(kind, size, role, reader)
+        own = [writer for writer, (parts, _) in reading.writers.items() if any(axis in part for part in parts)]
+        normed = axis in ("query", "key") and _reads_heads(state, own, size)
+        names[axis] = state.axis(kind, size, role, reader, normed)
     if shared:
         names["kv_heads"] = names.get("heads", "")
 
@@ -172,6 +186,12 @@ def _read(state: Draft, reader: str, writers: dict[str, list[probe.Row]]) -> Non
     state.inputs[state.key(reader)] = named(reading.reader)
     for name, (parts, by) in reading.writers.items():
         state.outputs[state.key(name)] = (tuple(named(part) for part in parts), names.get(by, ""))
+
+
+def _reads_heads(state: Draft, writers: list[str], size: int) -> bool:
+    """Whether a norm reads each head that these maps write."""
+    over = [norm for norm in state.norms if state.seen.inputs[norm].shape[-1] == size != state.hidden]
+    return any(writer_of(state, norm) in writers for norm in over)
 
 
 def _stack_norms(state: Draft) -> None:
@@ -241,10 +261,11 @@ def _layout(state: Draft, name: str, module: nn.Module, kind: str, shape: tuple[
     if units := _units_beside(state, f"{name}.{kind}", shape[0] if shape else 0):
         return (units, *(FIXED,) * (len(shape) - 1))  # of each unit of a scan by itself
     # a linear map of its own kind, such as a router; what joins an image to the text writes the text's stream
-    read = "weight" in kind and len(shape) == 2 and not state.is_elsewhere(name)
+    here = not state.is_elsewhere(name)
+    read = "weight" in kind and len(shape) == 2 and here
     if state.part and shape == (state.hidden, text_width(state.model)):
         return (raw_if(state, name, _dim(state, shape[0], "read")), FIXED)
-    sides = [_dim(state, size, "read" if read and i else "write", heads=True) for i, size in enumerate(shape)]
+    sides = [_dim(state, size, "read" if read and i else "write", heads=here) for i, size in enumerate(shape)]
     return tuple(raw_if(state, name, dim) for dim in sides)
 
 

@@ -127,7 +127,7 @@ def _computed(model: PreTrainedModel, seen: Trace, width: int) -> str:
 
 
 def _norms_of_all(table: Architecture, model: PreTrainedModel, seen: Trace, width: int) -> Iterable[str]:
-    """The LayerNorms that write the residual stream, or read an activation behind the last layer."""
+    """The LayerNorms that write the residual stream, read an activation behind the last layer, or stand before the text."""
     prefix = skeleton(model).prefix
     starts = [prefix + stack.block.partition("*")[0] for stack in table.stacks]
     blocks = [n for n in seen.inputs if any(n.startswith(s) and n[len(s) :].isdigit() for s in starts)]
@@ -138,9 +138,12 @@ def _norms_of_all(table: Architecture, model: PreTrainedModel, seen: Trace, widt
     last = max((order.index(n) for n in blocks if n in seen.outputs), default=len(order))
     linear = [probe.rows(seen.outputs[n]) for n, m in model.named_modules() if probe.is_linear(m) and n in order]
     streams = [probe.rows(seen.outputs[n]) for n in blocks if n in seen.outputs]
+    on_text = probe.trace(model).on_text
     for name in centred:
         written, given = probe.rows(seen.outputs[name]), probe.rows(seen.inputs[name])
         if any(written <= other for other in read):
             yield f"a LayerNorm writes the residual stream ({name})"
         elif order.index(name) > last and not any(given <= other for other in (*linear, *streams)):
             yield f"a LayerNorm reads an activation ({name})"
+        elif name not in on_text:
+            yield f"a LayerNorm stands before the text ({name})"
