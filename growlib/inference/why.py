@@ -127,7 +127,7 @@ def _computed(model: PreTrainedModel, seen: Trace, width: int) -> str:
 
 
 def _norms_of_all(table: Architecture, model: PreTrainedModel, seen: Trace, width: int) -> Iterable[str]:
-    """The LayerNorms that write the residual stream, read an activation behind the last layer, or stand before the text."""
+    """The LayerNorms that write the residual stream, read an activation behind the layers, or stand before the text."""
     prefix = skeleton(model).prefix
     starts = [prefix + stack.block.partition("*")[0] for stack in table.stacks]
     blocks = [n for n in seen.inputs if any(n.startswith(s) and n[len(s) :].isdigit() for s in starts)]
