@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 
@@ -20,6 +21,13 @@ def pytest_cmdline_main(config):
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = min(max(os.cpu_count() or 1, 2), 8) * (not config.option.usepdb)
         config.option.dist = "loadfile"  # fixtures of a module are made once
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_imported_stays():
+    """Every Trainer collects garbage, and would look at each object of torch and transformers again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
