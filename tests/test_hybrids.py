@@ -17,6 +17,8 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 NEXT = {**DECODER, **EXPERTS, **LINEAR, "num_hidden_layers": 8, "shared_expert_intermediate_size": 24, "head_dim": 16}
 MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 24, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 8}
+MAMBA_2 = {**TOKENS, "hidden_size": 32, "expand": 2, "num_heads": 8, "head_dim": 8, "num_hidden_layers": 2}
+MAMBA_2 |= {"n_groups": 2, "state_size": 8, "chunk_size": 8}
 PATTERN = ["linear_attention", "moe", "linear_attention", "full_attention", "linear_attention", "mlp"]
 KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
 
@@ -28,6 +30,7 @@ QUICK = {  # what decides depth -> a class, its config, and depths
     ),
     "branches scaled by the depth": ("EsmcForMaskedLM", ENCODER, [{"num_hidden_layers": 6}, {"num_hidden_layers": 9}]),
     "scales on the stream": ("DogeForCausalLM", DECODER, [{"num_hidden_layers": 6}]),
+    "a width that no field says alone": ("Mamba2ForCausalLM", MAMBA_2, [{"num_hidden_layers": 4}]),
 }
 SLOW = {
     "dense layers, then mixtures, some with convolutions": (
