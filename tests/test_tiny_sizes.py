@@ -63,3 +63,11 @@ def test_a_class_that_runs_on_images_alone_is_refused_with_what_grows_instead(cl
 def test_a_type_that_grows_in_no_size_says_why():
     with pytest.raises(GrowError, match="each of its stages has a width of its own"):
         growlib.infer(T.BitConfig(), T.BitForImageClassification)
+
+
+def test_a_part_that_is_switched_off_stays_off():
+    """A size of 0 of shared experts: none are there, and a table for some would not fit."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    counts = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    small = T.GraniteMoeSharedForCausalLM(T.GraniteMoeSharedConfig(**sizes, **counts, shared_intermediate_size=0))
+    assert growlib.plan(small, {"num_hidden_layers": 4, "hidden_size": 48}).exact

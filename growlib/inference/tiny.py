@@ -188,8 +188,8 @@ def _small(before: Mapping[str, Any], counts: Mapping[str, int], of_each: int) -
     few_layers(fields, LAYERS, counts, of_each)
     wide = {fields[n] for n in SIZES[64].split() if isinstance(fields.get(n), int)}
     for name, value in list(fields.items()):
-        if isinstance(value, bool) or name.startswith("_"):
-            continue
+        if isinstance(value, bool) or value == 0 or name.startswith("_"):
+            continue  # 0 switches a part off: shared experts, or layers of a kind
         if isinstance(value, int) and SIZE_OF.get(name) == 48 and value in wide:
             fields[name] = 64  # a field that says the hidden size again goes on to do so
         elif value == 1 and name in KV_HEADS:
