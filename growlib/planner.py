@@ -59,17 +59,17 @@ class Request:
 
     def _sizes(self, model: Skeleton) -> dict[str, int]:
         sizes = {**self.table.layer_counts(model.config), **self.table.sizes(model.config)}
-        return sizes if self.table.proven is None else sizes | self._rows(model)
+        return sizes if self.table.proven is None else sizes | self._lengths(model)
 
-    def _rows(self, model: Skeleton) -> dict[str, int]:
-        """How many rows a lookup has, from the tensors: a class may add what is no size, such as the id of padding."""
-        lookups, rows = {name for name, axis in self.table.axes.items() if axis.role == "lookup"}, defaultdict(set)
+    def _lengths(self, model: Skeleton) -> dict[str, int]:
+        """The sizes that tensors have: a class may add the id of padding, or round what its config says."""
+        lengths = defaultdict(set)
         for name, shape in model.shapes.items():
             layout = self.table.tensors.get(self.table.template(model.base(name))[0], ())
             for dim, length in zip(layout, shape, strict=False):
                 if len(dim.parts) == 1 and len(dim.parts[0]) == 1:
-                    rows[dim.parts[0][0]].add(length)
-        return {name: min(lengths) for name, lengths in rows.items() if name in lookups and len(lengths) == 1}
+                    lengths[dim.parts[0][0]].add(length)
+        return {axis: min(found) for axis, found in lengths.items() if axis in self.table.axes and len(found) == 1}
 
 
 def make_plan(request: Request) -> GrowthPlan:

@@ -167,6 +167,25 @@ def test_rows_that_no_field_counts_stay(padding, wanted):
 
 
 @pytest.mark.slow
+def test_a_length_that_the_class_rounds_stays():
+    """LFM2 has 512 units where its config says 600: two thirds, rounded up to whole 256."""
+    sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 600, "block_multiple_of": 256}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    kinds = ["conv", "full_attention", "conv"]
+    config = T.Lfm2Config(**sizes, **heads, num_hidden_layers=3, layer_types=kinds)
+    small = randomise(T.Lfm2ForCausalLM(config), 0, 0.2).eval()
+    assert small.model.layers[0].feed_forward.w1.weight.shape == (512, 64)
+    wider = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 6}
+    assert growlib.verify(small, growlib.expand(small, wider, exact=True)).exact
+
+
+@pytest.mark.slow
 def test_a_source_that_its_inferred_table_does_not_explain_is_said_to_be_one():
     small = fsmt(1)
     small.model.encoder.layers[0].fc1 = torch.nn.Linear(32, 50)

@@ -19,6 +19,7 @@ TABLES = {
     "defaults/little.json": ranking.table,
     "bert/bert.json": ranking.table,
     "bert/kept.json": ranking.table,
+    "bert/roberta.json": ranking.table,
     "progressive/progressive.json": moments.table,
     "after/after.json": lambda content: study.table(content["results"]),
     "after/after-4e-3.json": lambda content: study.table(content["results"]),
@@ -82,6 +83,7 @@ def test_the_rates_are_those_of_the_runs(model):
     [
         ("Enough text", ["seed-0", "seed-1", "seed-2"]),
         ("A better teacher", ["teacher-0", "teacher-1", "teacher-2"]),
+        ("A better teacher, wider", ["teacher-wide-0", "teacher-wide-1", "teacher-wide-2"]),
         ("Three times", ["long-0"]),
     ],
 )
