@@ -246,9 +246,10 @@ def _tensors(request: Request, maps: Maps, layers: Layers) -> Iterator[TensorPla
             row = origin = table.ties[row]  # a tied head that stands before its embedding grows as the embedding does
         layout, constant, more = table.tensors[row], None, {}
         if stack:
-            origin = row.replace("*", str(layers[stack.layers].source[layer]), 1)
+            own = stack.row_of(target.base(name), layer)  # an expert's may have the row of another one
+            origin = own.replace("*", str(layers[stack.layers].source[layer]), 1)
             constant = _identity_constant(stack, row, layout, layer, layers[stack.layers])
-            more = _other_layers(row, layer, layers[stack.layers], layout, maps, source)
+            more = _other_layers(own, layer, layers[stack.layers], layout, maps, source)
             more |= _weigher(table, row, layers[stack.layers].source[layer], maps, source)
         names = [origin, *(n for pair in table.ties.items() if origin in pair for n in pair)]
         taken = next((full for base in names if (full := source.find(base))), None)

@@ -113,6 +113,21 @@ SLOW = {
         | {"decoder_start_token_id": 0},
         [{"encoder_layers": 12}, {"decoder_layers": 8}],
     ),
+    "every second a mixture, of more experts than the tiny model has": (
+        "SwitchTransformersForConditionalGeneration",
+        {
+            "vocab_size": 97,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_heads": 4,
+            "num_experts": 12,
+            "expert_capacity": 64,
+        }
+        | {"num_layers": 4, "num_sparse_encoder_layers": 2, "num_decoder_layers": 4, "num_sparse_decoder_layers": 2}
+        | {"pad_token_id": 0, "decoder_start_token_id": 0},
+        [{"num_layers": 8}, {"num_decoder_layers": 6}],
+    ),
     "outputs named by stages": (
         "BeitForImageClassification",
         {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}

@@ -201,12 +201,16 @@ class Architecture:
         for stack in self.stacks:
             layer = stack.layer_of(name)
             if layer is not None:
-                return stack.row_of(name, layer), stack, layer
-        return name if name in self.tensors else self._alike.get(_without_numbers(name), name), None, 0
+                return self._known(stack.row_of(name, layer)), stack, layer
+        return self._known(name), None, 0
+
+    def _known(self, row: str) -> str:
+        """A row, or, where there is none of this name, that of another expert or layer."""
+        return row if row in self.tensors else self._alike.get(_without_numbers(row), row)
 
     @cached_property
     def _alike(self) -> dict[str, str]:
-        """The first of the rows whose names differ in numbers alone: the layers of a part that stays as it is."""
+        """The first of the rows whose names differ in numbers alone: experts, and layers of a part that stays."""
         alike: dict[str, str] = {}
         for row in self.tensors:
             alike.setdefault(_without_numbers(row), row)
@@ -214,7 +218,7 @@ class Architecture:
 
 
 def _without_numbers(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
+    return re.sub(r"(?<=[._])\d+(?=\.)", "#", name)  # also that of `expert_2.`; the 1 of `fc1.` is a part of its name
 
 
 def fields_in(expression: str) -> list[str]:

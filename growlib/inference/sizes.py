@@ -131,7 +131,7 @@ def choose(
     """For each axis the expression of its size under which every dimension has its length in every build.
 
     Left out are axes whose sizes no expressions explain, and those that no build makes longer, unless a field has their
-    name: the size of the mixer of Mamba 2 would be told by chance.
+    name, or it is the width: the size of the mixer of Mamba 2 would be told by chance.
     """
     others = list(others)
     present = [base, *(build.skeleton for build in others if not build.was_absent)]
@@ -146,7 +146,7 @@ def choose(
             chosen = _with_field(chosen, build.field, _checks(chosen, layouts, row_of, build.skeleton))
     moved = {axis for build in others for axis in _longer(layouts, row_of, base, build.skeleton)}
     named = {a for a, size in chosen.items() if " " not in size and any(w in size for w in hints.get(a, a).split())}
-    return {axis: size for axis, size in chosen.items() if axis in moved | named}
+    return {axis: size for axis, size in chosen.items() if axis in {*moved, *named, "hidden", "raw"}}
 
 
 def _longer(layouts: Mapping[str, Layout], row_of: Any, base: Skeleton, built: Skeleton) -> Iterator[str]:

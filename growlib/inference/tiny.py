@@ -42,7 +42,8 @@ SIZES = {
     5: "num_shared_experts n_shared_experts moe_num_shared_experts",
     7: "num_register_tokens",
     6: "attention_window",
-    1: "first_k_dense_replace n_group num_expert_group topk_group num_dense_layers moe_layer_start_index",
+    1: "first_k_dense_replace n_group num_expert_group topk_group num_dense_layers moe_layer_start_index "
+    "num_sparse_encoder_layers num_sparse_decoder_layers",
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
 SCANNED = {"num_heads": 4, "head_dim": 32, "mamba_n_heads": 8, "mamba_d_head": 16, "n_groups": 2}
