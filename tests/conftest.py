@@ -30,6 +30,10 @@ def _what_is_imported_stays():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # else nanobind calls it leaked
+
+
 @pytest.fixture(autouse=True)
 def _growlib_speaks():
     """A recipe that a test ran in this process has silenced growlib's warnings."""

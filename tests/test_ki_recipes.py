@@ -217,6 +217,7 @@ def test_the_benchmark_runs(tmp_path, capsys):
     assert "from a cache" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_the_head_alone_ends_at_its_limit(tmp_path, monkeypatch):
     """The loss is measured once, and neither a step nor the reading of a cache."""
     rounds = []
