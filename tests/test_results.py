@@ -102,6 +102,18 @@ def test_the_demo_says_what_its_runs_say(heading, runs):
         assert [float(cell) for cell in rows[name][: len(expected)]] == pytest.approx(expected, abs=6e-4), name
 
 
+def test_the_other_long_trainings_are_those_of_the_runs():
+    section = (DOCS / "results/demo.md").read_text().split("## Three times the length")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ")[1:5] for line in section.splitlines() if ", seed " in line and "|" in line]
+    runs = [
+        json.loads((DOCS / f"results/demo/long-{name}.json").read_text()) for name in ("1920-0", "1920-1", "narrow-0")
+    ]
+    for row, run in zip(rows, runs, strict=True):
+        arms = [run["arms"]["scratch"], run["arms"]["weights"], run["reference"]]
+        losses = [run["setting"]["small_model"]["eval_loss"], *(arm["final_eval_loss"] for arm in arms)]
+        assert [float(cell) for cell in row] == pytest.approx(losses, abs=6e-4)
+
+
 def test_the_schedules_are_those_of_the_runs():
     section = (DOCS / "results/demo.md").read_text().split("### How long it teaches")[1].split("\n## ")[0]
     rows = [line.strip("| ").split(" | ")[1:] for line in section.splitlines() if line.endswith("% |")]
