@@ -130,8 +130,7 @@ def choose(
 ) -> dict[str, str]:
     """For each axis the expression of its size under which every dimension has its length in every build.
 
-    Left out are axes whose sizes no expressions explain, and those that no build makes longer, unless a field has their
-    name, or it is the width: the size of the mixer of Mamba 2 would be told by chance.
+    Axes whose sizes no expressions explain are left out.
     """
     others = list(others)
     present = [base, *(build.skeleton for build in others if not build.was_absent)]
@@ -144,18 +143,7 @@ def choose(
     for build in others:
         if build.was_absent:
             chosen = _with_field(chosen, build.field, _checks(chosen, layouts, row_of, build.skeleton))
-    moved = {axis for build in others for axis in _longer(layouts, row_of, base, build.skeleton)}
-    named = {a for a, size in chosen.items() if " " not in size and any(w in size for w in hints.get(a, a).split())}
-    return {axis: size for axis, size in chosen.items() if axis in {*moved, *named, "hidden", "raw"}}
-
-
-def _longer(layouts: Mapping[str, Layout], row_of: Any, base: Skeleton, built: Skeleton) -> Iterator[str]:
-    """The axes of dimensions whose length another build changes."""
-    for name, shape in base.shapes.items():
-        dims = layouts.get(row_of(base.base(name)), ())
-        for dim, old, new in zip(dims, shape, built.shapes.get(name, shape), strict=False):
-            if old != new:
-                yield from (axis for part in dim.parts for axis in part)
+    return chosen
 
 
 def _checks(sizes: Collection[str], layouts: Mapping[str, Layout], row_of: Any, skeleton: Skeleton) -> list[Check]:
