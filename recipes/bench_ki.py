@@ -140,10 +140,10 @@ def bench_loss(sizes: Sizes, stop: float) -> dict[str, Row]:
     forms, inputs = loss_forms(sizes)
 
     def run(form: Callable[[], Tensor]) -> None:
-        for tensor in inputs:
-            tensor.grad = None
         form().backward()
         synchronize()
+        for tensor in inputs:
+            tensor.grad = None  # else the next form's memory would not count its gradients
 
     peaks = {name: peak_bytes(lambda form=form: run(form)) for name, form in forms.items()}  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [] for name in forms}

@@ -6,8 +6,8 @@
 #     recipes/on_gpu.sh OUT tokens-20      # the same at 2, 5, 10 and 20 tokens per parameter
 #     recipes/on_gpu.sh OUT teacher        # of preset gpu-teacher: a better teacher, seeds 0, 1 and 2
 #
-# Hardware: one data-centre GPU. Seconds on one H100: tests 35. A benchmark begins no new round after 100 s; before it had
-# this limit, 300m took 140 (with more steps) and 1b over 150. Not measured: 8b-head, the arms (a compiled arm begins
+# Hardware: one data-centre GPU. Seconds on one H200: tests 40, 300m 70 and 8b-head 32 (with limits of 45 and 25), teacher
+# 640 without scratch. A benchmark begins no new round after 100 s. Not measured: 1b, the other arms (a compiled arm begins
 # with 30 to 45 of compilation). A part that fails does not stop the next. OUT gets a log of each part, how long it took
 # (parts.log), the benchmarks' JSON and the comparison's results; what is done is kept, so parts may be spread over calls.
 set -uo pipefail

@@ -79,27 +79,41 @@ def test_the_rates_are_those_of_the_runs(model):
 
 
 @pytest.mark.parametrize(
-    ("heading", "runs"),
+    ("page", "heading", "runs"),
     [
-        ("Enough text", ["seed-0", "seed-1", "seed-2"]),
-        ("A better teacher", ["teacher-0", "teacher-1", "teacher-2"]),
-        ("A better teacher, wider", ["teacher-wide-0", "teacher-wide-1", "teacher-wide-2"]),
-        ("Three times", ["long-0"]),
+        ("gpu", "A better teacher", ["teacher-0", "teacher-1", "teacher-2"]),
+        ("demo", "Enough text", ["seed-0", "seed-1", "seed-2"]),
+        ("demo", "A better teacher", ["teacher-0", "teacher-1", "teacher-2"]),
+        ("demo", "A better teacher, wider", ["teacher-wide-0", "teacher-wide-1", "teacher-wide-2"]),
+        ("demo", "Three times", ["long-0"]),
     ],
 )
-def test_the_demo_says_what_its_runs_say(heading, runs):
-    """docs/results/demo.md: losses are those of the JSON, their mean first where there are several runs."""
-    section = (DOCS / "results/demo.md").read_text().split(f"## {heading}")[1].split("\n## ")[0]
+def test_a_page_says_what_its_runs_say(page, heading, runs):
+    """Losses are those of the JSON, their mean first where there are several runs."""
+    section = (DOCS / f"results/{page}.md").read_text().split(f"## {heading}")[1].split("\n## ")[0]
     rows = {
         line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in section.splitlines() if line[:2] == "| "
     }
-    found = [json.loads((DOCS / f"results/demo/{run}.json").read_text()) for run in runs]
+    found = [json.loads((DOCS / f"results/{page}/{run}.json").read_text()) for run in runs]
     arms = [run["arms"] | ({"small, trained on": run["reference"]} if run["reference"] else {}) for run in found]
     assert arms[0].keys() <= rows.keys()
     for name in set.intersection(*map(set, arms)):
         losses = [arm[name]["final_eval_loss"] for arm in arms]
         expected = [sum(losses) / len(losses), *losses] if len(losses) > 1 else losses
-        assert [float(cell) for cell in rows[name][: len(expected)]] == pytest.approx(expected, abs=6e-4), name
+        assert [float(cell.strip(" |")) for cell in rows[name][: len(expected)]] == pytest.approx(expected, abs=6e-4), (
+            name
+        )
+
+
+@pytest.mark.parametrize(("file", "part"), [("bench-300m", "loss"), ("bench-8b-head", "loss"), ("bench-300m", "step")])
+def test_the_benchmarks_on_a_gpu_are_those_of_the_runs(file, part):
+    page = (DOCS / "results/gpu.md").read_text()
+    rows = json.loads((DOCS / f"results/gpu/{file}.json").read_text())[part]
+    shown = [
+        f"| {form} | {1e3 * row['seconds']:.1f} | {row['ratio']:.3f} | {row['peak_bytes'] / 2**20:.0f} |"
+        for form, row in rows.items()
+    ]
+    assert "\n".join(shown) in page
 
 
 def test_the_other_long_trainings_are_those_of_the_runs():
