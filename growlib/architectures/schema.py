@@ -206,19 +206,20 @@ class Architecture:
 
     def _known(self, row: str) -> str:
         """A row, or, where there is none of this name, that of another expert or layer."""
-        return row if row in self.tensors else self._alike.get(_without_numbers(row), row)
+        return row if row in self.tensors else self._alike.get(without_numbers(row), row)
 
     @cached_property
     def _alike(self) -> dict[str, str]:
         """The first of the rows whose names differ in numbers alone: experts, and layers of a part that stays."""
         alike: dict[str, str] = {}
         for row in self.tensors:
-            alike.setdefault(_without_numbers(row), row)
+            alike.setdefault(without_numbers(row), row)
         return alike
 
 
-def _without_numbers(name: str) -> str:
-    return re.sub(r"(?<=[._])\d+(?=\.)", "#", name)  # also that of `expert_2.`; the 1 of `fc1.` is a part of its name
+def without_numbers(name: str) -> str:
+    """A tensor's name without the numbers of layers and experts (`expert_2.`); the 1 of `fc1.` belongs to its name."""
+    return re.sub(r"(?<=[._])\d+(?=\.)", "#", name)
 
 
 def fields_in(expression: str) -> list[str]:

@@ -8,7 +8,7 @@ from math import prod
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from growlib.architectures.schema import Stack
+from growlib.architectures.schema import Stack, without_numbers
 from growlib.checkpoint.loading import skeleton
 from growlib.errors import GrowError
 from growlib.growth_plan import Skeleton
@@ -279,16 +279,13 @@ def _length(state: Draft, dim: Dim) -> int:
     return prod(state.sizes[axis] for axis in dim.parts[0])
 
 
-NUMBER = re.compile(r"(?<=[._])\d+(?=\.)")  # of an expert, as in `expert_2.fc1.`; the 1 of fc1 is a part of its name
-
-
 def as_their_like(state: Draft) -> None:
     """Maps of which nothing was seen, such as those of an expert that no token was sent to, are what their like are."""
     keys = dict.fromkeys(state.key(n) for n, module in state.model.named_modules() if probe.is_linear(module))
     known = {key for key in keys if key in state.outputs or key in state.inputs}
-    likes = {NUMBER.sub("#", key): key for key in known}
+    likes = {without_numbers(key): key for key in known}
     for key in keys:
-        like = likes.get(NUMBER.sub("#", key))
+        like = likes.get(without_numbers(key))
         for kind in ("weight", "bias"):
             if like and key not in known and f"{key}{kind}" in state.rows and f"{like}{kind}" in state.rows:
                 state.rows[f"{key}{kind}"] = state.rows[f"{like}{kind}"]
