@@ -85,7 +85,7 @@ def test_the_rates_are_those_of_the_runs(model):
         ("demo", "Enough text", ["seed-0", "seed-1", "seed-2"]),
         ("demo", "A better teacher", ["teacher-0", "teacher-1", "teacher-2"]),
         ("demo", "A better teacher, wider", ["teacher-wide-0", "teacher-wide-1", "teacher-wide-2"]),
-        ("demo", "Three times", ["long-0"]),
+        ("demo", "Three times", ["long-0", "long-1", "long-2"]),
     ],
 )
 def test_a_page_says_what_its_runs_say(page, heading, runs):
