@@ -62,7 +62,7 @@ def plan_of(
         return replace(growth, dtype=_dtype_in(target_config))
     mixture, dense = upcycling.decide(model_class, source.config, target, table, chosen, seed)
     wide = checkpoint.skeleton_of(model_class, dense)
-    growth = make_plan(Request(table, chosen, seed, source, wide, effect_of))
+    growth = _checked(make_plan(Request(table, chosen, seed, source, wide, effect_of)), table, model_class, chosen)
     mixture_class = checkpoint.class_like(model_class, source.config.model_type, target)
     growth = upcycling.joined(growth, mixture, checkpoint.skeleton_of(mixture_class, target))
     return replace(growth, dtype=_dtype_in(target_config))

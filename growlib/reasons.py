@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from growlib.architectures.schema import EVERYTHING, EXACT, RESIDUAL, Architecture, Growth, Verdict, fields_in, together
+from growlib.architectures.schema import RESIDUAL, Architecture, Growth, Verdict, fields_in
 from growlib.config import NO_FUNCTION
 from growlib.layer_fields import followed, says_the_same
 from growlib.maps import AxisMap, LayerMap
-from growlib.parts import beside, flat, last_word, part_in, value_of
+from growlib.parts import beside, flat, last_word, value_of
 
 EffectOf = Callable[[str, Any, Any], str]  # (field, old value, new value) -> "acts", "silent" or "unknown"
 
@@ -42,13 +42,6 @@ def of_architecture(
         if not verdict.exact and _without_sizes(verdict.why) not in said:
             words = fields_in(table.axes[name].size) if name in table.axes else [name]
             unproven[verdict.why] += [word for word in words if _changes(source, target, word)]
-    towers = {growth.axis for growth in table.proven if growth.ratio == "together"} - {EVERYTHING.axis}
-    for part in ("", *sorted(towers)):
-        own = {f for f in table.size_fields() if (part_in(f) if part_in(f) in towers else "") == part}
-        several = sum(_changes(source, target, field) for field in own - table.follows.keys()) > 1
-        verdict = table.proven.get(together(part), EXACT)
-        if several and not verdict.exact:
-            unproven[verdict.why].append(f"several sizes{f' of its {part}' if part else ''} at once")
     return reasons + [
         f"growth of {' and '.join(dict.fromkeys(names))} is not proven for {table.model_type}: {why}"
         for why, names in unproven.items()

@@ -1,5 +1,7 @@
 """The tables against the classes that they describe, both ways."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as T
@@ -109,3 +111,14 @@ def test_a_typo_in_a_table_is_an_error(tmp_path, before, after):
     (tmp_path / "gpt2.toml").write_text(text.replace(before, after, 1))
     with pytest.raises(GrowError, match=r"gpt2\.toml"):
         read_table(tmp_path / "gpt2.toml")
+
+
+def test_a_row_that_is_not_there_is_as_the_nearest_of_its_kind():
+    """Experts and adapters beyond those of the tiny model: of one name but for numbers, the one with most in common."""
+    table = table_of("llama")
+    rows = ("adapters.5.0.weight", "adapters.5.1.weight", "experts.0.w1.weight")
+    table = replace(table, tensors=dict.fromkeys(rows, ()))
+    assert table.template("adapters.9.1.weight")[0] == "adapters.5.1.weight"
+    assert table.template("adapters.9.0.weight")[0] == "adapters.5.0.weight"
+    assert table.template("experts.7.w1.weight")[0] == "experts.0.w1.weight"
+    assert table.template("experts.7.w2.weight")[0] == "experts.7.w2.weight"

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers as T
 import yaml
 from tiny import tiny
 
@@ -21,8 +22,10 @@ import cards
 import figure
 import growlib
 import map as file_map
-from growlib import architectures, cli, operators
+from full_size import not_planned
+from growlib import architectures, cli, inference, operators
 from growlib.architectures import schema
+from growlib.architectures.schema import Growth
 from growlib.inference.tiny import tiny_model
 from growlib.maps import FILLINGS, AxisMap, LayerMap
 
@@ -338,3 +341,14 @@ def test_the_page_of_verdicts_has_the_words_of_its_command():
     head = next(verdicts.Page().lines())
     words = [re.sub(r"\d[\w.+]*", "N", text) for text in (head, text_of("docs/architectures.md").partition("\n|")[0])]
     assert words[0].strip() == words[1].strip()
+
+
+def test_a_config_of_full_size_is_planned_or_the_reason_is_told():
+    config = T.Qwen2MoeConfig()
+    table = inference.verified(config)
+    assert not_planned(table, config) == {}
+    config.__dict__["num_experts_per_tok"] = None  # as some types leave it
+    assert set(not_planned(table, config).values()) == {"the default config does not say num_experts_per_tok"}
+    told = not_planned(table, T.Qwen2MoeConfig(num_attention_heads=12))
+    assert all("hidden_size / num_attention_heads" in why for why in told.values())
+    assert Growth("num_hidden_layers", "deeper") in told

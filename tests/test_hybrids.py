@@ -185,6 +185,38 @@ def test_a_second_table_of_the_same_ids_grows_with_the_first():
     assert big(input_ids=torch.tensor([[96, 97, 119]])).logits.shape == (1, 3, 120)
 
 
+BEHIND_EXPERTS = {
+    "FlexOlmoForCausalLM": {"num_experts": 6, "intermediate_size": 24},
+    "Kolibri1ForCausalLM": {"num_local_experts": 6, "moe_intermediate_size": 24},
+}
+
+
+@pytest.mark.parametrize("name", BEHIND_EXPERTS)
+def test_new_layers_begin_with_the_norm_behind_all_experts(name):
+    """A norm of next to nothing, such as copies of experts that cancel but for rounding, is not nothing."""
+    small = built(name, {**DECODER, **BEHIND_EXPERTS[name], "num_experts_per_tok": 2})
+    experts = next(iter(BEHIND_EXPERTS[name]))
+    plan = growlib.plan(small, {"num_hidden_layers": 5, experts: 12, "num_experts_per_tok": 4}, "copies")
+    assert plan.exact, plan.reasons
+    assert apart(small, growlib.expand(small, plan)) < 1e-5
+
+
+def test_layers_that_differ_in_their_number_of_heads():
+    per_layer = {
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "num_attention_heads_per_layer": [2, 6] * 2,
+    }
+    mixture = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "sliding_window": 3}
+    options = {**DECODER, **per_layer, **mixture, "num_hidden_layers": 4, "head_dim": 16}
+    small = built("LagunaForCausalLM", {**options, "shared_expert_intermediate_size": 24})
+    plan = growlib.plan(small, {"num_hidden_layers": 6, "hidden_size": 72, "moe_intermediate_size": 32})
+    assert plan.exact, plan.reasons
+    assert sorted(plan.config.num_attention_heads_per_layer) == [2, 2, 2, 2, 6, 6]
+    assert apart(small, growlib.expand(small, plan)) < 1e-5
+    with pytest.raises(growlib.GrowError, match="q_proj"):
+        growlib.plan(small, {"head_dim": 32})
+
+
 @pytest.mark.slow
 def test_layers_of_a_kind_that_the_source_lacks_are_drawn():
     small = built("JambaForCausalLM", {**DECODER, "num_experts": 4, "mamba_dt_rank": 4, "use_cache": False})

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from full_size import not_planned
 from growlib.architectures import families
 from growlib.architectures.schema import EXACT, Architecture, Growth, Verdict
 from growlib.errors import GrowError
@@ -45,9 +46,16 @@ torch {torch}. Do not edit it. How it is found: [any architecture](inference.md)
 
 Of {types} causal, masked, sequence-to-sequence and image types, {tables} have a table: {written} are written by hand, \
 the others inferred from the type's default config. A tiny model of each, with every parameter random, was grown along \
-each size. Exact were: {exact}.
+each size. Exact were: {exact}. Then what was exact was planned for the default config itself: \
+[at full size](#at-full-size).
 
 ● exact · ◐ inexact · ○ refused · – no such size
+"""
+FULL_SIZE = """
+## At full size
+
+What is exact above (whole multiples and depth) can be planned for each type's default config, without memory for its \
+values. Not so for these, most of which leave a size unset, or say sizes that the class does not take together:
 """
 MAPPINGS = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -121,10 +129,11 @@ def mark(verdict: Verdict | None) -> str:
 
 @dataclass
 class Page:
-    """The document: for each type with a table its marks, and why not where one is not exact; or why it has none."""
+    """The document: for each type its marks, and why not where one is not exact or not planned; or why it has none."""
 
     marks: dict[str, list[str]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    not_planned: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -132,26 +141,29 @@ class Page:
         """The page that is there. Raises GrowError where it is none."""
         table, _, rest = path.read_text().partition("\n## Why not\n")
         rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
-        whys, no_table = ([line for line in part.splitlines() if line] for part in rest.split("\n## No table\n"))
-        listed = [dict(line.removeprefix("- **").split("**: ", 1) for line in part) for part in (whys, no_table)]
+        parts = [[line for line in part.splitlines() if line.startswith("- **")] for part in rest.split("\n## ")]
+        listed = [dict(line.removeprefix("- **").split("**: ", 1) for line in part) for part in parts]
         return cls({name: marks for name, *marks in rows}, *listed)
 
     def look_at(self, name: str) -> None:
         """Find the verdicts on a type, in place of what the page said."""
-        for part in (self.marks, self.reasons, self.refused):
+        for part in (self.marks, self.reasons, self.not_planned, self.refused):
             part.pop(name, None)
         try:
-            shown = verdicts(proven(name))
+            table = proven(name)
         except GrowError as error:
             self.refused[name] = _short(error.wrong)
             return
+        shown = verdicts(table)
         self.marks[name] = [mark(verdict) for verdict in shown.values()]
-        reasons: dict[str, list[str]] = {}
-        for column, verdict in shown.items():
-            if verdict and not verdict.exact:
-                reasons.setdefault(_short(verdict.why), []).append(column)
-        if reasons:
-            self.reasons[name] = "; ".join(f"{', '.join(where)}: {why}" for why, where in reasons.items())
+        if reasons := _told({column: v.why for column, v in shown.items() if v and not v.exact}):
+            self.reasons[name] = reasons
+        whys = not_planned(table, CONFIG_MAPPING[name]())
+        columns = {"depth": [Growth(stack.layers, "deeper") for stack in table.stacks], **GROWTHS}
+        if reasons := _told(
+            {c: whys[growth] for c, growths in columns.items() for growth in growths if growth in whys}
+        ):
+            self.not_planned[name] = reasons
 
     def lines(self) -> Iterator[str]:
         columns = ["depth", *GROWTHS]
@@ -170,8 +182,18 @@ class Page:
         yield from (f"| {name} | {' | '.join(marks)} |" for name, marks in sorted(self.marks.items()))
         yield "\n## Why not\n"
         yield from (f"- **{name}**: {why}" for name, why in sorted(self.reasons.items()))
+        yield FULL_SIZE
+        yield from (f"- **{name}**: {why}" for name, why in sorted(self.not_planned.items()))
         yield "\n## No table\n"
         yield from (f"- **{name}**: {why}" for name, why in sorted(self.refused.items()))
+
+
+def _told(whys: dict[str, str]) -> str:
+    """The reasons, each said once, behind all that it holds for."""
+    where: dict[str, list[str]] = {}
+    for name, why in whys.items():
+        where.setdefault(_short(why), []).append(name)
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in where.items())
 
 
 def _short(why: str) -> str:

@@ -2,9 +2,11 @@
 
 import re
 import tomllib
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from operator import eq
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -56,10 +58,10 @@ class Axis:
 
 
 class Growth(NamedTuple):
-    """A kind of growth: of an axis, by a whole multiple or another ratio; of a stack; or of everything together."""
+    """A kind of growth: of an axis, by a whole multiple or another ratio; or of a stack."""
 
     axis: str
-    ratio: Literal["x2", "x1.5", "deeper", "together"]
+    ratio: Literal["x2", "x1.5", "deeper"]
 
     def __str__(self) -> str:
         return f"{self.axis} {self.ratio}" if self.ratio in ("x2", "x1.5") else self.axis
@@ -68,14 +70,6 @@ class Growth(NamedTuple):
     def of(cls, axis: str, old: int, new: int) -> "Growth":
         """The growth of an axis between two sizes."""
         return cls(axis, "x2" if new % old == 0 else "x1.5")
-
-
-EVERYTHING = Growth("together", "together")
-
-
-def together(part: str) -> Growth:
-    """The growth of everything of one part; of the text it is EVERYTHING."""
-    return Growth(part, "together") if part else EVERYTHING
 
 
 class Verdict(NamedTuple):
@@ -205,15 +199,22 @@ class Architecture:
         return self._known(name), None, 0
 
     def _known(self, row: str) -> str:
-        """A row, or, where there is none of this name, that of another expert or layer."""
-        return row if row in self.tensors else self._alike.get(without_numbers(row), row)
+        """A row, or, where there is none of this name, that of another expert or layer.
+
+        Of several it is the one with the most numbers in common: an adapter's `list.9.1.` is as `list.0.1.`.
+        """
+        if row in self.tensors:
+            return row
+        words = row.split(".")
+        alike = self._alike.get(without_numbers(row), [row])
+        return max(alike, key=lambda other: sum(map(eq, words, other.split("."))))
 
     @cached_property
-    def _alike(self) -> dict[str, str]:
-        """The first of the rows whose names differ in numbers alone: experts, and layers of a part that stays."""
-        alike: dict[str, str] = {}
+    def _alike(self) -> dict[str, list[str]]:
+        """The rows whose names differ in numbers alone: experts, and layers of a part that stays."""
+        alike: dict[str, list[str]] = defaultdict(list)
         for row in self.tensors:
-            alike.setdefault(without_numbers(row), row)
+            alike[without_numbers(row)].append(row)
         return alike
 
 

@@ -122,7 +122,9 @@ def width_of(model: PreTrainedModel, stacks: list[Stack], prefix: str, seen: Tra
 
 
 def norm_after(state: Draft, name: str) -> str | None:
-    """The norm that reads a module's output as it is."""
+    """The norm that reads a module's output as it is; None where there is none, or no such module."""
+    if name not in state.seen.outputs:
+        return None
     written = probe.rows(state.seen.outputs[name])
     for norm in state.norms:
         if probe.rows(state.seen.inputs[norm]) == written:

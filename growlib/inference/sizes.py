@@ -42,9 +42,10 @@ class Build:
 
 
 def builds(model_class: type[PreTrainedModel], base: Skeleton, part: str = "") -> list[Build]:
-    """One for each config field that changes the class's shapes when it is doubled, or set where it is None.
+    """One for each config field that is doubled, or set where it is None and this changes the class's shapes.
 
-    The fields are those of a part; of the text and the top level where it is "".
+    Where doubling changes none, no size is this field's, whatever its number. The fields are those of a part; of the
+    text and the top level where it is "".
     """
     built_with = []
     links = same_width(base.config)
@@ -60,7 +61,7 @@ def builds(model_class: type[PreTrainedModel], base: Skeleton, part: str = "") -
             built = skeleton_of(model_class, changed(base.config, {name: 2 * value if value else ABSENT}))
         except Exception:  # whatever a class of transformers raises: it cannot be built so
             continue
-        if built.shapes != base.shapes:
+        if value or built.shapes != base.shapes:
             built_with.append(Build(name, value is None, built))
     return built_with
 
@@ -135,7 +136,7 @@ def choose(
     others = list(others)
     present = [base, *(build.skeleton for build in others if not build.was_absent)]
     checks = [check for skeleton in present for check in _checks(sizes, layouts, row_of, skeleton)]
-    acting = {build.field for build in others}.difference(layers)
+    acting = {build.field for build in others if build.skeleton.shapes != base.shapes}.difference(layers)
     options = {name: candidates(n, base.config, hints.get(name, name), part, acting) for name, n in sizes.items()}
     chosen: dict[str, str] = {}
     for group in _groups(sizes, checks):

@@ -1,13 +1,14 @@
 """From the layouts of a draft to a table: which field says how long an axis is, what follows what, what to zero."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from growlib.architectures.schema import Architecture, Axis, Stack, fields_in
 from growlib.errors import GrowError
 from growlib.growth_plan import Skeleton
-from growlib.inference.draft import FIXED, Draft, head_norm_of, is_hidden, is_post_norm, norm_after
+from growlib.inference.draft import FIXED, Draft, feeds, head_norm_of, is_hidden, is_post_norm, norm_after
 from growlib.inference.sizes import Build, choose
 from growlib.inference.tiny import same_width
 from growlib.layouts import Dim
@@ -27,6 +28,8 @@ def table_of(state: Draft, base: Skeleton, others: list[Build]) -> Architecture:
     sizes = choose(
         state.sizes, hints, state.rows, state.row_of, base, alike, state.part, {stack.layers for stack in state.stacks}
     )
+    # Heads of which no field says how many are said layer by layer: what has them keeps its length.
+    sizes = {name: size for name, size in sizes.items() if not (size.isdigit() and name.endswith("heads"))}
     state.rows = {row: tuple(_known(dim, sizes) for dim in layout) for row, layout in state.rows.items()}
     used = {axis for layout in state.rows.values() for dim in layout for part in dim.parts for axis in part}
     known = [name for name in state.sizes if name in used and name in sizes]
@@ -144,7 +147,7 @@ def _ties(state: Draft) -> dict[str, str]:
 
 
 def _with_writers(state: Draft, stack: Stack) -> Stack:
-    """What to zero in a new block: the norm after a map that writes the stream, or else the map."""
+    """What to zero in a new block: the norm after a map that writes the stream, or after all experts; else the map."""
     if stack in state.known:
         return stack
     writers: dict[str, None] = {}
@@ -154,8 +157,17 @@ def _with_writers(state: Draft, stack: Stack) -> Stack:
         name = row.removeprefix(stack.block)
         module = name.rpartition(".")[0] if name.rpartition(".")[2] in ("weight", "bias") else name
         full = state.prefix + stack.block.replace("*", "0") + module
-        norm = norm_after(state, full) if full in state.seen.outputs else None
+        block = state.prefix + stack.block.replace("*", "0").rstrip(".")
+        norms = (norm_after(state, place) for place in _up_to(block, full))
+        norm = next((norm for norm in norms if norm and not feeds(state, norm)), None)
         if norm and not stack.last_norm:
             module = norm.removeprefix(state.prefix + stack.block.replace("*", "0"))
         writers[module] = None
     return replace(stack, writers=tuple(writers))
+
+
+def _up_to(block: str, name: str) -> Iterator[str]:
+    """A module of a block and what it is a part of: a norm may read the sum of all experts."""
+    while name.startswith(block + "."):
+        yield name
+        name = name.rpartition(".")[0]

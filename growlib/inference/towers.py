@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 
-from growlib.architectures.schema import EVERYTHING, Architecture, Axis, Growth, fields_in, together
+from growlib.architectures.schema import Architecture, Axis, Growth, fields_in
 from growlib.errors import GrowError
 from growlib.inference.draft import FIXED
 from growlib.layouts import Dim, Layout
@@ -63,11 +63,11 @@ def _named(table: Architecture, part: str) -> Architecture:
     def axis(old: Axis) -> Axis:
         return replace(old, groups=names.get(old.groups, old.groups), per_token=names.get(old.per_token, old.per_token))
 
-    proven = {(names.get(g.axis, g.axis), g.ratio): verdict for g, verdict in (table.proven or {}).items()}
+    proven = {Growth(names.get(g.axis, g.axis), g.ratio): verdict for g, verdict in (table.proven or {}).items()}
     return replace(
         table,
         axes={names[name]: axis(old) for name, old in table.axes.items()},
         tensors={row: tuple(dim(old) for old in layout) for row, layout in table.tensors.items()},
-        proven={together(part) if key == EVERYTHING else Growth(*key): verdict for key, verdict in proven.items()},
+        proven=proven,
         candidates=tuple((f"{part}: {told}", verdict) for told, verdict in table.candidates),
     )

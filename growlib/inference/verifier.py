@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from growlib.apply import apply
-from growlib.architectures.schema import EVERYTHING, EXACT, RESIDUAL, Architecture, Axis, Growth, Verdict
+from growlib.architectures.schema import EXACT, RESIDUAL, Architecture, Axis, Growth, Verdict
 from growlib.checkpoint.loading import empty_model, fill, skeleton, skeleton_of
 from growlib.errors import GrowError
 from growlib.inference import why
@@ -121,10 +121,9 @@ def _fields(table: Architecture, size: str) -> list[str]:
 
 
 def verdicts(table: Architecture, model: PreTrainedModel) -> dict[Growth, Verdict]:
-    """The verdict on each growth that the model can make, and on all of them together."""
+    """The verdict on each growth that the model can make."""
     exact: set[Growth] = set()
     wrong: dict[Growth, Verdict] = {}
-    together: dict[str, int] = {}
     for growth, options in growths(table, model.config):
         grew, verdict, _ = Trial(frozenset(), EXACT)
         for fields in options:
@@ -137,13 +136,11 @@ def verdicts(table: Architecture, model: PreTrainedModel) -> dict[Growth, Verdic
             wrong |= dict.fromkeys(grew - wrong.keys(), verdict)
         elif growth in grew:
             exact |= grew
-            together |= {} if growth.ratio == "x1.5" else {k: max(v, together.get(k, 0)) for k, v in fields.items()}
         else:
             wrong[growth] = why.told(
                 Verdict("refused", "it could not be grown by itself"), growth, fields, table, model
             )
-    exact_ones = dict.fromkeys(sorted(exact), EXACT)
-    return wrong | exact_ones | {EVERYTHING: trial(table, model, together).verdict}
+    return wrong | dict.fromkeys(sorted(exact), EXACT)
 
 
 def only_copies(table: Architecture, proven: Mapping[Growth, Verdict]) -> dict[str, Axis]:
@@ -163,4 +160,4 @@ def unverified(table: Architecture, why: str) -> dict[Growth, Verdict]:
     """The verdicts where no tiny model can be built."""
     refused = Verdict("refused", f"no tiny model can prove it: {why}")
     kinds = [Growth(name, ratio) for name in table.axes for ratio, _ in RATIOS]
-    return dict.fromkeys([*kinds, *(Growth(stack.layers, "deeper") for stack in table.stacks), EVERYTHING], refused)
+    return dict.fromkeys([*kinds, *(Growth(stack.layers, "deeper") for stack in table.stacks)], refused)
