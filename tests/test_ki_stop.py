@@ -7,6 +7,7 @@ import torch
 from ki_tiny import MAKERS, arguments, collate, examples, llama, parameters, train
 from transformers import TrainerCallback
 
+import growlib
 from growlib import GrowError, KIConfig, KITrainer, cache_teacher
 
 
@@ -47,6 +48,19 @@ def test_auto_leaves_the_teacher_when_the_student_has_passed_it(tmp_path, source
     again = train(tmp_path, resumed, ki, rows, resume=str(tmp_path / "checkpoint-10"), **options)
     assert torch.equal(parameters(resumed), parameters(student))
     assert [log["ki/alpha"] for log in again.state.log_history if log["step"] > 10 and "ki/alpha" in log] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("rounding", [-1e-5, 1e-5])
+def test_auto_leaves_at_once_where_the_student_grew_from_its_teacher(tmp_path, rounding):
+    """Their losses are the same but for rounding, whose sign is luck."""
+    rows, teacher = examples(16, ignored=False), llama(0)
+    student = growlib.expand(teacher, {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3})
+    with torch.no_grad():
+        student.lm_head.weight.mul_(1 + rounding)
+    options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    ki = KIConfig(teacher=teacher, stop_at="auto")
+    trainer = train(tmp_path, student, ki, rows, trainer_options={"eval_dataset": rows}, **options)
+    assert [log["step"] for log in trainer.state.log_history if "ki/stopped" in log] == [0]
 
 
 def test_auto_compares_the_tokens_of_all_held_out_sets(tmp_path):

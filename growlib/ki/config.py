@@ -35,8 +35,8 @@ class KIConfig:
         stop_at: share of training (0 to 1) from which α is 0 and the teacher gone; the paper's α_T is 1 / stop_at.
             Not given: 1 for "linear" and "cosine", 0.3 for "heaviside", None for "constant" and a function of your own.
             None: α is 0 only where the schedule returns 0; "constant" and functions of your own allow it. "auto": from
-            the first evaluation in which the student's held-out loss is no higher than the teacher's; until then
-            `stop_at` counts as 1.
+            the first evaluation in which the student's held-out loss is no higher than the teacher's (by more than
+            0.001 nats); until then `stop_at` counts as 1.
         temperature: τ of both softmaxes.
         alpha: what the schedule is multiplied with: α at the first step, where it starts at 1.
         teacher_dtype: what a teacher is loaded in; None: the checkpoint's. A model that is passed in is never cast.

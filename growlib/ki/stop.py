@@ -1,4 +1,4 @@
-"""`stop_at="auto"`: the teacher leaves once the student's held-out loss is no higher than its own."""
+"""`stop_at="auto"`: the teacher leaves once the student's held-out loss is no higher than its own, but for rounding."""
 
 import logging
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from growlib.ki.tasks import Positions
 
 logger = logging.getLogger("growlib")
 ASKED = 'KIConfig(stop_at="auto")'
+ALIKE = 1e-3  # nats: a student that grew exactly from its teacher has the same loss, but for rounding
 
 
 class StopWhenPassed:
@@ -80,5 +81,5 @@ class StopWhenPassed:
         if self._loss is None:
             self._loss = teacher / positions
         losses = {"ki/student_held_out": student / positions, "ki/teacher_held_out": self._loss}
-        passed = student / positions <= self._loss
+        passed = student / positions <= self._loss + ALIKE
         return {**losses, "ki/stopped": float(trainer.state.global_step)} if passed else losses
