@@ -18,18 +18,13 @@ from typing import Any
 import torch
 
 from base import store, study, text
-from base.lab import Lab, fresh
+from base.lab import Lab, fresh, wider
 from base.setting import Setting, Sizes
 from base.start import Checkpoint
 
 WIDTHS = {"half as wide": 0.5, "as it is": 1.0, "twice as wide": 2.0}
 BATCHES = {"half the sequences per step": 0.5, "twice the sequences per step": 2.0}
 SMOOTHED = (0.1, 0.2)
-
-
-def wider(sizes: Sizes, factor: float) -> Sizes:
-    """The sizes with as many heads, and an FFN as much wider or narrower; head_dim changes."""
-    return dataclasses.replace(sizes, hidden=round(factor * sizes.hidden), ffn=round(factor * sizes.ffn))
 
 
 def uniform(lab: Lab) -> Checkpoint:

@@ -11,6 +11,7 @@ from ki_tiny import arguments, examples, llama
 
 import after_growth
 import bench_ki
+import both_factors
 import domain_adaptation
 import estimators
 import generations
@@ -30,6 +31,7 @@ from base.start import Checkpoint, Continued, Grown
 from base.text import Masking, train_tokenizer
 from growlib import GrowError, GrowthSchedule, Rewarm
 
+NO_RUN = {"gain", "difference", "teacher", "weights"}  # columns of differences, and of runs that rows share
 MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\nevaluations = 1\n'
 
 
@@ -40,6 +42,7 @@ MINIATURE = 'extends = "miniature"\n[training]\nsteps = 2\nwarmup_steps = 1\neva
         pytest.param(domain_adaptation, 38, marks=pytest.mark.slow),
         pytest.param(teacher_factors, 13, marks=pytest.mark.slow),
         pytest.param(student_factors, 7, marks=pytest.mark.slow),
+        pytest.param(both_factors, 16, marks=pytest.mark.slow),
         pytest.param(estimators, 6, marks=pytest.mark.slow),
         pytest.param(after_growth, 13, marks=pytest.mark.slow),
         pytest.param(ki_ablations, 21, marks=pytest.mark.slow),
@@ -56,9 +59,8 @@ def test_a_study_runs_and_a_second_run_uses_its_models(recipe, count, tmp_path):
     results = content["results"]
     assert len(results) == count
     if recipe is not estimators:
-        losses = [
-            loss for row in results.values() for name, (loss,) in row.items() if name not in ("gain", "difference")
-        ]
+        rows = results.values()
+        losses = [loss for row in rows for name, (loss,) in row.items() if name not in NO_RUN]
         assert all(4 < loss < 7 for loss in losses)  # log 320 = 5.8 at the start
         assert len(set(losses)) > 0.7 * len(losses)
     assert (out / "report.md").read_text().count("\n| ") == count + 1

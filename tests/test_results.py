@@ -28,6 +28,7 @@ TABLES = {
     "tokens/tokens.json": horizons.table,
     "tokens/tokens-8e-3.json": horizons.table,
     "knowledge/student-factors.json": lambda content: study.table(content["results"]),
+    "both/both.json": lambda content: study.table(content["results"]),
     "downstream/downstream.json": lambda content: study.table(content["results"]),
 }
 

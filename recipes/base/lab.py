@@ -131,6 +131,11 @@ def fresh(setting: Setting, sizes: Sizes) -> Fresh:
     return Fresh(row.language_model, config)
 
 
+def wider(sizes: Sizes, factor: float) -> Sizes:
+    """The sizes with as many heads, and an FFN as much wider or narrower; head_dim changes."""
+    return dataclasses.replace(sizes, hidden=round(factor * sizes.hidden), ffn=round(factor * sizes.ffn))
+
+
 def between(one: Sizes, other: Sizes) -> Sizes:
     """The sizes half way, heads of the first one's head_dim."""
     heads = (one.heads + other.heads) // 2
