@@ -37,7 +37,8 @@ def reads_at_once(request, monkeypatch):
 @torch.no_grad()
 def spoil(model, place, value):
     head = model.get_output_embeddings().weight
-    layer = next(p for name, p in model.named_parameters() if "layer" in name or ".h." in name)
+    # The last of a layer: on some CPUs torch's attention makes zeros of queries that are no numbers.
+    layer = [p for name, p in model.named_parameters() if "layer" in name or ".h." in name][-1]
     for tensor in {"head row": [head[3:4]], "layer": [layer], "all": list(model.parameters())}.get(
         place, [model.get_input_embeddings().weight]
     ):
