@@ -44,8 +44,8 @@ class Build:
 def builds(model_class: type[PreTrainedModel], base: Skeleton, part: str = "") -> list[Build]:
     """One for each config field that is doubled, or set where it is None and this changes the class's shapes.
 
-    Where doubling changes none, no size is this field's, whatever its number. The fields are those of a part; of the
-    text and the top level where it is "".
+    Where doubling changes none, no size is this field's, whatever its number; of a part that is not the text such
+    fields are no candidates anyway. The fields are those of a part; of the text and the top level where it is "".
     """
     built_with = []
     links = same_width(base.config)
@@ -61,7 +61,7 @@ def builds(model_class: type[PreTrainedModel], base: Skeleton, part: str = "") -
             built = skeleton_of(model_class, changed(base.config, {name: 2 * value if value else ABSENT}))
         except Exception:  # whatever a class of transformers raises: it cannot be built so
             continue
-        if value or built.shapes != base.shapes:
+        if built.shapes != base.shapes or (value and not part):
             built_with.append(Build(name, value is None, built))
     return built_with
 
