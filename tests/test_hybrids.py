@@ -217,6 +217,12 @@ def test_layers_that_differ_in_their_number_of_heads():
         growlib.plan(small, {"head_dim": 32})
 
 
+def test_heads_of_a_published_size_are_no_quotient_of_other_fields():
+    """No field says how many heads there are; two say the tiny model's number by chance."""
+    for growth in ({"num_hidden_layers": 44}, {"hidden_size": 4096}, {"moe_intermediate_size": 1024}):
+        assert growlib.plan(T.LagunaConfig(), growth).exact
+
+
 @pytest.mark.slow
 def test_layers_of_a_kind_that_the_source_lacks_are_drawn():
     small = built("JambaForCausalLM", {**DECODER, "num_experts": 4, "mamba_dt_rank": 4, "use_cache": False})
